@@ -1,0 +1,196 @@
+"""Reading and writing the lake's Delta tables with Spark: create, read, and make a table equal to a DataFrame.
+
+``sync`` is the one way a stage writes. It compares by key, commits only what differs, in one MERGE, and commits
+nothing when nothing differs: a run killed before the commit has changed nothing, the next run finishes its work, and a
+second run over the same input adds no table version.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import reduce
+
+import pyarrow as pa
+from delta.tables import DeltaTable
+from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import functions as F
+from pyspark.sql.pandas.types import from_arrow_schema
+from pyspark.sql.types import MapType, StructField, StructType
+
+from pipelines.errors import LakeError
+from pipelines.tables import Table
+
+# Who wrote a row and when is no part of what the row says.
+NOT_COMPARED = ("run_id", "ingested_at", "at")
+_OPERATION = "__operation"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """What one ``sync`` did: rows by operation, and the table's version after it."""
+
+    inserted: int
+    updated: int
+    deleted: int
+    version: int
+
+    @property
+    def total(self) -> int:
+        return self.inserted + self.updated + self.deleted
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageResult:
+    """What a stage did: counts by name, and the versions of the tables that it read and wrote."""
+
+    job: str
+    counts: dict[str, int]
+    inputs: dict[str, int] = field(default_factory=dict)
+    outputs: dict[str, int] = field(default_factory=dict)
+
+
+def spark_schema(schema: pa.Schema) -> StructType:
+    """The Spark schema of an Arrow schema, column comments and NOT NULL included."""
+    plain = from_arrow_schema(schema)
+    fields = []
+    for arrow, spark in zip(schema, plain.fields, strict=True):
+        comment = (arrow.metadata or {}).get(b"comment", b"").decode()
+        fields.append(
+            StructField(spark.name, spark.dataType, arrow.nullable, {"comment": comment} if comment else None)
+        )
+    return StructType(fields)
+
+
+def exists(spark: SparkSession, lake: str, table: Table) -> bool:
+    """Whether the table is there."""
+    return bool(DeltaTable.isDeltaTable(spark, table.uri(lake)))
+
+
+def ensure(spark: SparkSession, lake: str, table: Table) -> None:
+    """Create the table where it is absent, with its schema, comments, partitions, constraints and properties.
+
+    Raises LakeError when a table of another shape lies there.
+    """
+    uri = table.uri(lake)
+    wanted = spark_schema(table.schema)
+    if exists(spark, lake, table):
+        found = set(spark.read.format("delta").load(uri).columns)
+        if missing := [name for name in wanted.names if name not in found]:
+            raise LakeError(
+                f"{table.name} at {uri} has no column {missing[0]!r}: it was written by another version of lakemoe; "
+                "use the version that wrote it, or another --lake."
+            )
+        _add_constraints(spark, lake, table)
+        return
+    builder = DeltaTable.createIfNotExists(spark).location(uri).addColumns(wanted).comment(table.comment)
+    for key, value in table.table_properties.items():
+        builder = builder.property(key, value)
+    if table.partition_by:
+        builder = builder.partitionedBy(*table.partition_by)
+    builder.execute()
+    _add_constraints(spark, lake, table)
+
+
+def _add_constraints(spark: SparkSession, lake: str, table: Table) -> None:
+    """Add the CHECK constraints that are not there yet (a run may have been killed between create and here)."""
+    uri = table.uri(lake)
+    there = DeltaTable.forPath(spark, uri).detail().select("properties").first()
+    properties = dict(there[0]) if there else {}
+    for name, condition in table.constraints.items():
+        if f"delta.constraints.{name}" not in properties:
+            spark.sql(f"ALTER TABLE delta.`{uri}` ADD CONSTRAINT {name} CHECK ({condition})")
+
+
+def version(spark: SparkSession, lake: str, table: Table) -> int | None:
+    """The table's newest version; None where the table is absent."""
+    if not exists(spark, lake, table):
+        return None
+    row = DeltaTable.forPath(spark, table.uri(lake)).history(1).select("version").first()
+    return int(row[0]) if row else None
+
+
+def read(spark: SparkSession, lake: str, table: Table, version: int | None = None) -> DataFrame:
+    """The table's rows, at a version or the newest.
+
+    Raises LakeError (exit code 2) that names the missing table.
+    """
+    if not exists(spark, lake, table):
+        raise LakeError(f"{table.name} is not in {lake}: run the job that writes it first, or name another --lake.", 2)
+    reader = spark.read.format("delta")
+    if version is not None:
+        reader = reader.option("versionAsOf", version)
+    return reader.load(table.uri(lake))
+
+
+def sync(
+    spark: SparkSession, lake: str, table: Table, df: DataFrame, *, scope: str | None = None, delete: bool = True
+) -> Change:
+    """Make the table's rows equal to ``df`` by the table's key, in at most one commit.
+
+    scope: a SQL condition on the table; rows outside it are left alone and ``df`` must lie inside it.
+    delete: whether rows of the scope that ``df`` lacks are deleted. Columns in NOT_COMPARED do not make a row differ.
+    """
+    key = list(table.key)
+    names = table.schema.names
+    target = DeltaTable.forPath(spark, table.uri(lake))
+    df = df.select(*names).persist()
+    try:
+        changes = _changes(df, target.toDF(), table, scope, delete).persist()
+        try:
+            counted = {row[0]: int(row[1]) for row in changes.groupBy(_OPERATION).count().toLocalIterator()}
+            if counted:
+                _merge(target, changes, key, names)
+        finally:
+            changes.unpersist()
+    finally:
+        df.unpersist()
+    after = version(spark, lake, table)
+    assert after is not None
+    return Change(
+        inserted=counted.get("insert", 0),
+        updated=counted.get("update", 0),
+        deleted=counted.get("delete", 0),
+        version=after,
+    )
+
+
+def _changes(df: DataFrame, old: DataFrame, table: Table, scope: str | None, delete: bool) -> DataFrame:
+    """Rows of ``df`` that are new or differ, and the keys of rows to delete, with their operation."""
+    key, names = list(table.key), table.schema.names
+    if scope:
+        old = old.where(scope)
+    types = dict(zip(df.schema.names, (f.dataType for f in df.schema.fields), strict=True))
+
+    def digest(frame: DataFrame) -> DataFrame:
+        # Maps are not comparable in Spark SQL: their sorted entries are.
+        compared = [
+            F.array_sort(F.map_entries(name)) if isinstance(types[name], MapType) else F.col(name)
+            for name in names
+            if name not in NOT_COMPARED and name not in key
+        ]
+        return frame.withColumn("__digest", F.sha2(F.to_json(F.struct(*compared)), 256) if compared else F.lit(""))
+
+    new_rows = digest(df).alias("new")
+    old_rows = digest(old).select(*key, "__digest").alias("old")
+    on = reduce(lambda a, b: a & b, (F.col(f"new.{k}") == F.col(f"old.{k}") for k in key))
+    joined = new_rows.join(old_rows, on, "full_outer")
+    operation = (
+        F.when(F.col(f"old.{key[0]}").isNull(), "insert")
+        .when(F.col(f"new.{key[0]}").isNull(), "delete" if delete else None)
+        .when(F.col("new.__digest") != F.col("old.__digest"), "update")
+    )
+    columns = [F.coalesce(f"new.{n}", f"old.{n}").alias(n) if n in key else F.col(f"new.{n}") for n in names]
+    return joined.withColumn(_OPERATION, operation).where(f"{_OPERATION} IS NOT NULL").select(*columns, _OPERATION)
+
+
+def _merge(target: DeltaTable, changes: DataFrame, key: list[str], names: list[str]) -> None:
+    on = " AND ".join(f"t.{k} = c.{k}" for k in key)
+    values: dict[str, str | Column] = {name: f"c.{name}" for name in names}
+    (
+        target.alias("t")
+        .merge(changes.alias("c"), on)
+        .whenMatchedDelete(f"c.{_OPERATION} = 'delete'")
+        .whenMatchedUpdate(f"c.{_OPERATION} = 'update'", set=values)
+        .whenNotMatchedInsert(f"c.{_OPERATION} = 'insert'", values=values)
+        .execute()
+    )

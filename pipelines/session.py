@@ -1,0 +1,57 @@
+"""The process's one Spark session: Delta configured, small-data defaults for local runs.
+
+A cluster's own session, where one is active, is used as it is.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from pyspark.sql import SparkSession
+
+from pipelines.java import java_home
+
+
+def spark_session(
+    app_name: str = "lakemoe", *, memory: str = "2g", shuffle_partitions: int | None = None
+) -> SparkSession:
+    """Start, or return, the session.
+
+    memory: the local driver's heap (JVM notation). shuffle_partitions: default the number of cores, for local runs.
+    Raises LakeError when there is no usable Java.
+    """
+    if active := SparkSession.getActiveSession():
+        return active
+    os.environ["JAVA_HOME"] = java_home()
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    os.environ.setdefault("PYSPARK_DRIVER_PYTHON", sys.executable)
+    # The driver's Python workers inherit it: a local run must find the package also when it runs from a checkout.
+    os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
+    from delta import configure_spark_with_delta_pip
+
+    cores = os.cpu_count() or 2
+    partitions = str(shuffle_partitions or max(2, cores))
+    builder = (
+        SparkSession.builder.appName(app_name)
+        .master(os.environ.get("LAKEMOE_SPARK_MASTER", "local[*]"))
+        .config("spark.sql.extensions", "io.delta.sql.DeltaSparkSessionExtension")
+        .config("spark.sql.catalog.spark_catalog", "org.apache.spark.sql.delta.catalog.DeltaCatalog")
+        .config("spark.driver.memory", memory)
+        .config("spark.driver.bindAddress", "127.0.0.1")
+        .config("spark.sql.shuffle.partitions", partitions)
+        .config("spark.databricks.delta.snapshotPartitions", "2")
+        .config("spark.databricks.delta.stats.collect", "true")
+        .config("spark.sql.execution.arrow.maxRecordsPerBatch", "512")
+        .config("spark.sql.execution.arrow.pyspark.enabled", "true")
+        .config("spark.sql.session.timeZone", "UTC")
+        .config("spark.ui.enabled", os.environ.get("LAKEMOE_SPARK_UI", "false"))
+        .config("spark.ui.showConsoleProgress", "false")
+        .config("spark.sql.sources.parallelPartitionDiscovery.parallelism", "2")
+        .config("spark.sql.adaptive.coalescePartitions.enabled", "true")
+        .config("spark.driver.extraJavaOptions", "-Dlog4j2.level=ERROR -Divy.message.logger.level=0")
+        .config("spark.log.level", "ERROR")
+    )
+    session = configure_spark_with_delta_pip(builder).getOrCreate()
+    session.sparkContext.setLogLevel("ERROR")
+    return session

@@ -1,0 +1,55 @@
+"""A sync makes the table equal, once, in one commit, and leaves everything else alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from pyspark.sql import SparkSession
+
+from pipelines import lake as lakes
+from pipelines.errors import LakeError
+from pipelines.tables import SILVER_DUPLICATES, TABLES
+
+SCHEMA = "document_id string, cluster_id string, method string, similarity double, kept boolean"
+
+
+def test_every_table_can_be_made_and_made_again(spark: SparkSession, lake: str) -> None:
+    for table in TABLES.values():
+        lakes.ensure(spark, lake, table)
+        first = lakes.version(spark, lake, table)
+        lakes.ensure(spark, lake, table)
+        assert lakes.version(spark, lake, table) == first
+        log = Path(table.uri(lake), "_delta_log", "00000000000000000000.json").read_text()
+        protocol = next(json.loads(line) for line in log.splitlines() if '"protocol"' in line)["protocol"]
+        assert protocol["minReaderVersion"] == 1
+
+
+def test_sync_commits_only_differences(spark: SparkSession, lake: str) -> None:
+    table = SILVER_DUPLICATES
+    lakes.ensure(spark, lake, table)
+    rows = [("a", "a", "exact", 1.0, True), ("b", "a", "exact", 1.0, False), ("c", "c", "near", 0.9, True)]
+    first = lakes.sync(spark, lake, table, spark.createDataFrame(rows, SCHEMA))
+    assert (first.inserted, first.updated, first.deleted) == (3, 0, 0)
+    again = lakes.sync(spark, lake, table, spark.createDataFrame(rows[::-1], SCHEMA))
+    assert (again.total, again.version) == (0, first.version)
+    other = [("a", "a", "exact", 1.0, False), ("b", "a", "exact", 1.0, False), ("d", "d", "near", 0.8, True)]
+    third = lakes.sync(spark, lake, table, spark.createDataFrame(other, SCHEMA))
+    assert (third.inserted, third.updated, third.deleted, third.version) == (1, 1, 1, first.version + 1)
+    assert sorted(tuple(r) for r in lakes.read(spark, lake, table).toLocalIterator()) == other
+
+
+def test_sync_leaves_rows_outside_the_scope(spark: SparkSession, lake: str) -> None:
+    table = SILVER_DUPLICATES
+    lakes.ensure(spark, lake, table)
+    lakes.sync(spark, lake, table, spark.createDataFrame([("a", "a", "near", None, True)], SCHEMA))
+    empty = spark.createDataFrame([], SCHEMA)
+    assert lakes.sync(spark, lake, table, empty, scope="method = 'exact'").total == 0
+    assert lakes.sync(spark, lake, table, empty, delete=False).total == 0
+    assert lakes.sync(spark, lake, table, empty, scope="method = 'near'").deleted == 1
+
+
+def test_a_missing_table_is_named(spark: SparkSession, lake: str) -> None:
+    with pytest.raises(LakeError, match=r"silver.duplicates is not in"):
+        lakes.read(spark, lake, SILVER_DUPLICATES)
