@@ -1,0 +1,42 @@
+"""What jobs print: rich on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """A spinner with the elapsed time while the body runs; one line where there is no terminal."""
+    start = time.monotonic()
+    if out.is_terminal:
+        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), transient=True) as bar:
+            bar.add_task(what, total=None)
+            yield
+    else:
+        out.print(f"{what} ...", markup=False)
+        yield
+    out.print(f"  {what}: {time.monotonic() - start:.1f} s", markup=False, style="dim")
+
+
+def done(job: str, status: str, counts: dict[str, int]) -> None:
+    """One line: the job, how it ended, what it counted."""
+    counted = ", ".join(f"{name} {value:,}" for name, value in counts.items())
+    out.print(f"{job}: {status}" + (f" ({counted})" if counted else ""), markup=False)
+
+
+def note(text: str) -> None:
+    out.print(text, markup=False)
+
+
+def warn(text: str) -> None:
+    err.print(text, markup=False)

@@ -1,0 +1,119 @@
+"""ops.runs: one row for every run of every job, and the check that spares a run with nothing to do.
+
+Written with deltalake, not Spark, so that training on a node without Spark is recorded the same way.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import secrets
+import subprocess
+import time
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from deltalake import DeltaTable, write_deltalake
+from deltalake.exceptions import TableNotFoundError
+
+from pipelines.tables import OPS_RUNS, TABLES, table_uri
+
+
+def new_run_id() -> str:
+    """Sortable by start: microseconds since the epoch in hex, and 64 random bits."""
+    return f"{time.time_ns() // 1000:014x}-{secrets.token_hex(8)}"
+
+
+@cache
+def code_version() -> str:
+    """The package's version, and the git commit where it runs from a checkout."""
+    version = importlib.metadata.version("lakemoe")
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return version
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    return f"{version}+{done.stdout.strip()}" if done.returncode == 0 else version
+
+
+def table_version(lake: str, name: str) -> int | None:
+    """A table's newest version without Spark; None where it is absent."""
+    try:
+        return DeltaTable(table_uri(lake, name)).version()
+    except TableNotFoundError:
+        return None
+
+
+def record(
+    lake: str,
+    *,
+    run_id: str,
+    job: str,
+    started_at: datetime,
+    status: str,
+    configuration: dict[str, Any],
+    inputs: dict[str, int],
+    outputs: dict[str, int],
+    counts: dict[str, int],
+    mlflow_run_id: str | None = None,
+) -> None:
+    """Append the run's row."""
+    row = {
+        "run_id": run_id,
+        "job": job,
+        "started_at": started_at,
+        "ended_at": datetime.now(UTC),
+        "status": status,
+        "code_version": code_version(),
+        "configuration": json.dumps(configuration, sort_keys=True, default=str),
+        "inputs": [{"table": t, "version": v} for t, v in sorted(inputs.items())],
+        "outputs": [{"table": t, "version": v} for t, v in sorted(outputs.items())],
+        "counts": sorted(counts.items()),
+        "mlflow_run_id": mlflow_run_id,
+    }
+    # Nullability is the table's rule; deltalake compares field for field, comments aside.
+    schema = pa.schema([pa.field(f.name, f.type, f.nullable) for f in OPS_RUNS.schema])
+    properties: dict[str, str | None] = {
+        k: v for k, v in OPS_RUNS.table_properties.items() if not k.startswith("delta.min")
+    }
+    write_deltalake(
+        OPS_RUNS.uri(lake),
+        pa.Table.from_pylist([row], schema=schema),
+        mode="append",
+        name=OPS_RUNS.name,
+        description=OPS_RUNS.comment,
+        configuration=properties,
+    )
+
+
+def runs(lake: str, job: str | None = None) -> list[dict[str, Any]]:
+    """The recorded runs, oldest first; empty where there are none."""
+    import pyarrow.parquet as pq
+
+    try:
+        files = DeltaTable(OPS_RUNS.uri(lake)).file_uris()
+    except TableNotFoundError:
+        return []
+    rows: list[dict[str, Any]] = []
+    for file in files:
+        rows.extend(pq.ParquetFile(file).read().to_pylist())
+    return sorted((row for row in rows if job in (None, row["job"])), key=lambda row: row["run_id"])
+
+
+def up_to_date(lake: str, job: str, configuration: dict[str, Any]) -> dict[str, Any] | None:
+    """The last run of the job, where it read and left the very versions that are there now, by the same settings.
+
+    A run with the same inputs, settings and code would write nothing, so it is spared.
+    """
+    wanted = json.dumps(configuration, sort_keys=True, default=str)
+    for run in reversed(runs(lake, job)):
+        if run["status"] not in ("succeeded", "unchanged"):
+            continue
+        same = run["configuration"] == wanted and run["code_version"] == code_version() and run["inputs"]
+        versions = [*(run["inputs"] or []), *(run["outputs"] or [])]
+        if same and all(table_version(lake, v["table"]) == v["version"] for v in versions if v["table"] in TABLES):
+            return run
+        return None
+    return None

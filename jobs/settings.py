@@ -1,0 +1,174 @@
+"""Settings of the jobs: a YAML file, then the environment (``LAKEMOE_…``), then flags; later ones win.
+
+A job's settings class lists its sections (``clean: CleanConfig``); one YAML file may hold the sections of many jobs,
+and a job takes those that are its own. A key that no job knows is an error that names the file, the key and the
+nearest valid one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    EnvSettingsSource,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from jobs.catalog import JOBS
+
+
+class UsageError(Exception):
+    """Wrong usage or configuration, in one sentence."""
+
+    exit_code = 2
+
+
+class JobSettings(BaseSettings):
+    """What every job takes."""
+
+    model_config = SettingsConfigDict(
+        extra="forbid", env_prefix="LAKEMOE_", env_nested_delimiter="__", nested_model_default_partial_update=True
+    )
+
+    lake: str = Field("./lake", description="the lake's URI: a path, or an object store's URI")
+    config: Path | None = Field(None, description="YAML file of settings")
+    debug: bool = Field(False, description="show the traceback of an error")
+
+
+SettingsT = TypeVar("SettingsT", bound=JobSettings)
+
+
+def sections(settings: type[BaseModel]) -> dict[str, type[BaseModel]]:
+    """The fields of a settings class that are sections, by name."""
+    found = {}
+    for name, info in settings.model_fields.items():
+        kind = info.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            found[name] = kind
+    return found
+
+
+def keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every dotted key of a settings class."""
+    for name, info in model.model_fields.items():
+        yield prefix + name
+        for kind in (info.annotation, *get_args(info.annotation)):
+            if isinstance(kind, type) and get_origin(kind) is None and issubclass(kind, BaseModel):
+                yield from keys(kind, f"{prefix}{name}.")
+
+
+def known_sections() -> set[str]:
+    """The sections and fields of all jobs; imports every job's module, so it is called for a wrong key only."""
+    names: set[str] = set()
+    for job in JOBS.values():
+        names |= set(importlib.import_module(job.module).Settings.model_fields)
+    return names
+
+
+def load(settings: type[SettingsT], arguments: list[str], *, program: str) -> SettingsT:
+    """Settings from ``--config``, the environment and flags.
+
+    Raises UsageError in one sentence; argparse itself ends the process with 2 for an unknown flag and 0 for --help.
+    """
+    arguments = _normalised(arguments)
+    file = _config_path(arguments)
+    values = _from_yaml(settings, file) if file else {}
+
+    class Source(settings):  # type: ignore[misc, valid-type]
+        @classmethod
+        def settings_customise_sources(
+            cls, settings_cls: type[BaseSettings], **_: Any
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            flags: CliSettingsSource[Any] = CliSettingsSource(
+                settings_cls,
+                cli_prog_name=program,
+                cli_parse_args=arguments,
+                cli_kebab_case=True,
+                cli_implicit_flags=True,
+                cli_hide_none_type=True,
+                cli_avoid_json=True,
+            )
+            return flags, EnvSettingsSource(settings_cls), InitSettingsSource(settings_cls, init_kwargs=values)
+
+    Source.__name__ = settings.__name__
+    Source.__doc__ = settings.__doc__
+    try:
+        return Source()
+    except ValidationError as error:
+        raise UsageError(_explain(error, settings, file, values)) from None
+
+
+def _normalised(arguments: list[str]) -> list[str]:
+    """Flags in the kebab case that the parser knows: ``--train.learning_rate`` is taken as well."""
+    out = []
+    for argument in arguments:
+        if argument.startswith("--") and "_" in argument.split("=")[0]:
+            name, mark, value = argument.partition("=")
+            argument = name.replace("_", "-") + mark + value
+        out.append(argument)
+    return out
+
+
+def _config_path(arguments: list[str]) -> Path | None:
+    for index, argument in enumerate(arguments):
+        if argument.startswith("--config="):
+            return Path(argument.partition("=")[2])
+        if argument == "--config" and index + 1 < len(arguments):
+            return Path(arguments[index + 1])
+    return None
+
+
+def _from_yaml(settings: type[BaseModel], file: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"Cannot read {file}: {error.strerror}; name another file with --config.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{file} is not YAML: {' '.join(str(error).split())}.") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UsageError(f"{file} must hold a mapping of sections, and holds a {type(values).__name__}.")
+    own = set(settings.model_fields)
+    if unknown := [name for name in values if name not in own]:
+        everything = known_sections()
+        for name in unknown:
+            if name not in everything:
+                raise UsageError(f"{file}: unknown key {name!r}{_nearest(str(name), everything)}.")
+    return {name: value for name, value in values.items() if name in own}
+
+
+def _nearest(key: str, valid: set[str]) -> str:
+    found = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+    return f"; did you mean {found[0]!r}?" if found else f"; valid keys are {', '.join(sorted(valid)[:8])}"
+
+
+def _explain(error: ValidationError, settings: type[BaseModel], file: Path | None, values: dict[str, Any]) -> str:
+    """One sentence for the first error: where it was written, the key, what is wrong, the nearest valid key."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    where = f"{file}: " if file and _holds(values, first["loc"]) else ""
+    if first["type"] == "extra_forbidden":
+        return f"{where}unknown key {key!r}{_nearest(key, set(keys(settings)))}".rstrip("?") + "?"
+    message = first["msg"][0].lower() + first["msg"][1:]
+    got = "" if first["type"] == "missing" else f", not {first['input']!r}"
+    return f"{where}{key or 'settings'}: {message}{got}."
+
+
+def _holds(values: Any, path: tuple[int | str, ...]) -> bool:
+    for part in path:
+        try:
+            values = values[part]
+        except (KeyError, IndexError, TypeError):
+            return False
+    return True

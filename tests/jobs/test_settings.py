@@ -1,0 +1,78 @@
+"""Settings come from file, environment and flags in that order, and a wrong one is named in one sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel, ConfigDict, Field
+
+from jobs.settings import JobSettings, UsageError, load
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    learning_rate: float = Field(3e-4, description="peak (1/step)")
+    steps: int = Field(10, description="optimizer steps")
+
+
+class Settings(JobSettings):
+    """A job's settings."""
+
+    source: list[str] = Field([], description="where from")
+    train: Section = Field(default_factory=Section, description="training")
+
+
+def read(*arguments: str) -> Settings:
+    return load(Settings, list(arguments), program="lakemoe x")
+
+
+def test_later_sources_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("lake: /file\ntrain:\n  steps: 7\n  learning_rate: 1.0\n")
+    monkeypatch.setenv("LAKEMOE_TRAIN__STEPS", "8")
+    got = read("--config", str(file), "--train.learning-rate", "2", "--source", "a", "--source", "b")
+    assert (got.lake, got.train.steps, got.train.learning_rate, got.source) == ("/file", 8, 2.0, ["a", "b"])
+
+
+def test_flags_are_taken_in_both_spellings() -> None:
+    assert read("--train.learning_rate=2").train.learning_rate == 2.0
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("train:\n  stepz: 7\n", r"a\.yaml: unknown key 'train.stepz'; did you mean 'train.steps'\?"),
+        ("train:\n  steps: many\n", r"a\.yaml: train.steps: input should be a valid integer.*not 'many'"),
+        ("- 1\n", "must hold a mapping"),
+        ("a: [\n", "is not YAML"),
+    ],
+)
+def test_a_wrong_file_is_named_in_one_sentence(tmp_path: Path, text: str, sentence: str) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(text)
+    with pytest.raises(UsageError, match=sentence) as caught:
+        read("--config", str(file))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"Cannot read .*none\.yaml"):
+        read("--config", str(tmp_path / "none.yaml"))
+
+
+def test_an_unknown_flag_ends_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        read("--train.stepz", "4")
+    assert caught.value.code == 2
+    assert "--train.stepz" in capsys.readouterr().err
+
+
+def test_help_lists_fields_with_unit_and_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        read("--help")
+    assert caught.value.code == 0
+    printed = capsys.readouterr().out
+    assert "--train.learning-rate" in printed
+    assert "(1/step) (default: 0.0003)" in " ".join(printed.split())
