@@ -96,7 +96,9 @@ BRONZE_DOCUMENTS = Table(
         [
             column("document_id", pa.string(), "sha256(source, NUL, source_id), hex", nullable=False),
             SOURCE,
-            column("source_id", pa.string(), "path relative to the source, or path:line, or the id field", nullable=False),
+            column(
+                "source_id", pa.string(), "path relative to the source, or path:line, or the id field", nullable=False
+            ),
             column("kind", pa.string(), "text or code", nullable=False),
             column("content", pa.string(), "the decoded UTF-8 text, exact", nullable=False),
             column("content_sha256", pa.string(), "sha256 of the content's UTF-8 bytes, hex", nullable=False),
@@ -259,7 +261,9 @@ GOLD_SEQUENCES = Table(
     partition_by=("tokenizer_id", "sequence_length"),
     schema=pa.schema(
         [
-            column("sequence_id", pa.string(), "sha256 of the edition, domain and tokens' documents, hex", nullable=False),
+            column(
+                "sequence_id", pa.string(), "sha256 of the edition, domain and tokens' documents, hex", nullable=False
+            ),
             column("split", pa.string(), "train or validation", nullable=False),
             column("domain", pa.string(), "mixture group: kind unless configured", nullable=False),
             column("tokens", pa.binary(), "uint32 little-endian, exactly sequence_length of them", nullable=False),
