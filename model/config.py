@@ -25,33 +25,44 @@ class ModelConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field("custom", description="what the architecture is called")
-    vocab_size: int = Field(32000, ge=2, description="rows of the embedding (tokens)")
-    max_seq_len: int = Field(2048, ge=1, description="longest sequence that the model is made for (tokens)")
-    layers: int = Field(4, ge=1, description="blocks")
-    width: int = Field(256, ge=1, description="width of the residual stream (features)")
-    heads: int = Field(8, ge=1, description="query heads")
-    kv_heads: int = Field(2, ge=1, description="key and value heads; each serves heads / kv_heads query heads")
-    head_width: int = Field(32, ge=2, description="width of one head (features)")
-    experts: int = Field(16, ge=1, description="experts a block")
-    experts_chosen: int = Field(4, ge=1, description="experts that each token is sent to")
-    expert_width: int = Field(128, ge=1, description="hidden width of one expert (features)")
-    activation: Literal["silu", "gelu", "gelu_tanh"] = Field("silu", description="the gate's activation in an expert")
-    norm: Literal["layer_norm", "rms_norm"] = Field("layer_norm", description="LayerNorm without bias, or RMSNorm")
-    norm_eps: float = Field(1e-5, gt=0, description="added to the variance")
-    post_norm: bool = Field(False, description="also normalise what attention and experts add to the residual")
-    qk_norm: bool = Field(False, description="RMSNorm over the whole query and the whole key projection")
-    qkv_clip: float | None = Field(None, gt=0, description="clamp queries, keys and values to plus and minus this")
-    attention_soft_cap: float | None = Field(None, gt=0, description="cap * tanh(score / cap) before the softmax")
-    rope_base: float = Field(1e4, gt=0, description="base of the rotary embedding's wave lengths")
-    router_normalize: Literal["l1", "none"] = Field(
-        "l1", description="weights of the chosen: softmax over all experts, then made to sum to one (l1) or as they are"
+    name: str = Field(default="custom", description="what the architecture is called")
+    vocab_size: int = Field(default=32000, ge=2, description="rows of the embedding (tokens)")
+    max_seq_len: int = Field(default=2048, ge=1, description="longest sequence that the model is made for (tokens)")
+    layers: int = Field(default=4, ge=1, description="blocks")
+    width: int = Field(default=256, ge=1, description="width of the residual stream (features)")
+    heads: int = Field(default=8, ge=1, description="query heads")
+    kv_heads: int = Field(default=2, ge=1, description="key and value heads; each serves heads / kv_heads query heads")
+    head_width: int = Field(default=32, ge=2, description="width of one head (features)")
+    experts: int = Field(default=16, ge=1, description="experts a block")
+    experts_chosen: int = Field(default=4, ge=1, description="experts that each token is sent to")
+    expert_width: int = Field(default=128, ge=1, description="hidden width of one expert (features)")
+    activation: Literal["silu", "gelu", "gelu_tanh"] = Field(
+        default="silu", description="the gate's activation in an expert"
     )
-    balance_loss_weight: float = Field(0.0, ge=0, description="weight of the auxiliary loss (1 when balanced)")
-    tied_head: bool = Field(False, description="the head is the embedding")
-    embedding_multiplier: float = Field(1.0, gt=0, description="factor on the embeddings")
-    logit_multiplier: float = Field(1.0, gt=0, description="factor on the logits")
-    init_std: float = Field(0.02, gt=0, description="standard deviation of the initial weights; residual ones smaller")
+    norm: Literal["layer_norm", "rms_norm"] = Field(
+        default="layer_norm", description="LayerNorm without bias, or RMSNorm"
+    )
+    norm_eps: float = Field(default=1e-5, gt=0, description="added to the variance")
+    post_norm: bool = Field(default=False, description="also normalise what attention and experts add to the residual")
+    qk_norm: bool = Field(default=False, description="RMSNorm over the whole query and the whole key projection")
+    qkv_clip: float | None = Field(
+        default=None, gt=0, description="clamp queries, keys and values to plus and minus this"
+    )
+    attention_soft_cap: float | None = Field(
+        default=None, gt=0, description="cap * tanh(score / cap) before the softmax"
+    )
+    rope_base: float = Field(default=1e4, gt=0, description="base of the rotary embedding's wave lengths")
+    router_normalize: Literal["l1", "none"] = Field(
+        default="l1",
+        description="weights of the chosen: softmax over all experts, then made to sum to one (l1) or as they are",
+    )
+    balance_loss_weight: float = Field(default=0.0, ge=0, description="weight of the auxiliary loss (1 when balanced)")
+    tied_head: bool = Field(default=False, description="the head is the embedding")
+    embedding_multiplier: float = Field(default=1.0, gt=0, description="factor on the embeddings")
+    logit_multiplier: float = Field(default=1.0, gt=0, description="factor on the logits")
+    init_std: float = Field(
+        default=0.02, gt=0, description="standard deviation of the initial weights; residual ones smaller"
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
