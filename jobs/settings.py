@@ -11,7 +11,7 @@ import difflib
 import importlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Any, ClassVar, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError
@@ -40,10 +40,15 @@ class JobSettings(BaseSettings):
         extra="forbid", env_prefix="LAKEMOE_", env_nested_delimiter="__", nested_model_default_partial_update=True
     )
 
+    # Settings that a job ships with (a file of conf/); a user's file, environment and flags win over them.
+    default_file: ClassVar[Path | None] = None
+
     lake: str = Field("./lake", description="the lake's URI: a path, or an object store's URI")
     config: Path | None = Field(None, description="YAML file of settings")
     debug: bool = Field(False, description="show the traceback of an error")
 
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
 
 SettingsT = TypeVar("SettingsT", bound=JobSettings)
 
@@ -82,7 +87,8 @@ def load(settings: type[SettingsT], arguments: list[str], *, program: str) -> Se
     """
     arguments = _normalised(arguments)
     file = _config_path(arguments)
-    values = _from_yaml(settings, file) if file else {}
+    values = _from_yaml(settings, settings.default_file) if settings.default_file else {}
+    values = merged(values, _from_yaml(settings, file) if file else {})
 
     class Source(settings):  # type: ignore[misc, valid-type]
         @classmethod
@@ -146,6 +152,15 @@ def _from_yaml(settings: type[BaseModel], file: Path) -> dict[str, Any]:
             if name not in everything:
                 raise UsageError(f"{file}: unknown key {name!r}{_nearest(str(name), everything)}.")
     return {name: value for name, value in values.items() if name in own}
+
+
+def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """``over`` laid over ``base``, sections key by key."""
+    out = dict(base)
+    for name, value in over.items():
+        both = isinstance(value, dict) and isinstance(out.get(name), dict)
+        out[name] = merged(out[name], value) if both else value
+    return out
 
 
 def _nearest(key: str, valid: set[str]) -> str:
