@@ -1,0 +1,198 @@
+"""silver.documents -> silver.minhash and silver.duplicates: exact and near-duplicate clusters, and the one that stays.
+
+Exact duplicates (equal text_sha256) collapse first; MinHash-LSH proposes pairs of distinct texts, their true Jaccard
+similarity decides, and clusters are the connected components of the verified pairs. Documents of every verdict take
+part; one document of a cluster is kept, by a total order that no run's clock or partitioning changes.
+
+Left out: following the change feed. A run looks at all of silver and commits what differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Field
+from pyspark.sql import Column, DataFrame, SparkSession, Window
+from pyspark.sql import functions as F
+
+from pipelines import lake as tables_of
+from pipelines.dedup.components import connected_components
+from pipelines.dedup.shingles import lsh, shingle_sets
+from pipelines.lake import StageResult
+from pipelines.tables import SILVER_DOCUMENTS, SILVER_DUPLICATES, SILVER_MINHASH
+
+Batches = Iterator[pa.RecordBatch]
+
+
+class DedupConfig(BaseModel):
+    """Settings ``dedup.*``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    threshold: float = Field(
+        0.8, ge=0, le=1, description="Jaccard similarity of shingle sets from which texts are near"
+    )
+    bands: int = Field(14, ge=1, description="LSH bands (count)")
+    rows: int = Field(8, ge=1, description="MinHash values a band (count)")
+    shingle: int = Field(5, ge=1, description="shingle length (words of text, tokens of code)")
+    bucket_limit: int = Field(1000, ge=2, description="texts of a bucket up to which all pairs are looked at (count)")
+    source_priority: tuple[str, ...] = Field((), description="sources whose copy is kept first, best first (names)")
+
+
+def run(spark: SparkSession, lake: str, config: DedupConfig, *, run_id: str) -> StageResult:
+    """Bring silver.minhash and silver.duplicates in line with silver.documents."""
+    for table in (SILVER_MINHASH, SILVER_DUPLICATES):
+        tables_of.ensure(spark, lake, table)
+    version = tables_of.version(spark, lake, SILVER_DOCUMENTS)
+    silver = tables_of.read(spark, lake, SILVER_DOCUMENTS, version)
+    documents = silver.select(
+        "document_id",
+        "source",
+        F.coalesce("text_sha256", F.sha2("text", 256)).alias("text_sha256"),
+        F.length("text").alias("length"),
+        (F.size("rejected_by") > 0).alias("rejected"),
+    ).persist()
+    # A text's copies are spoken for by the one with the least id.
+    texts = documents.groupBy("text_sha256").agg(
+        F.min("document_id").alias("speaker"), (F.count("*") > 1).alias("copied")
+    )
+    texts = texts.persist()
+    speakers = silver.join(texts.select(F.col("speaker").alias("document_id")), "document_id", "left_semi")
+    minhash = speakers.select("document_id", "kind", "text").mapInArrow(
+        _lsh_batches(config), "document_id string, band int, bucket bigint"
+    )
+    hashed = tables_of.sync(spark, lake, SILVER_MINHASH, minhash)
+
+    pairs, crowded = candidate_pairs(tables_of.read(spark, lake, SILVER_MINHASH, hashed.version), config.bucket_limit)
+    pairs = pairs.persist()
+    edges = verify(silver, pairs, config).localCheckpoint()
+    members = clusters(documents, texts, edges, config)
+    previous = tables_of.read(spark, lake, SILVER_DUPLICATES).select("document_id", "cluster_id")
+    # Checkpointed: what is written must not be read again from the table while it is written.
+    duplicates = keep_cluster_ids(members, previous).localCheckpoint()
+    written = tables_of.sync(spark, lake, SILVER_DUPLICATES, duplicates)
+
+    totals = duplicates.agg(
+        F.count("*"), F.count_if("kept"), F.count_if(F.col("method") == "exact"), F.count_if(F.col("method") == "near")
+    ).first()
+    assert totals is not None
+    counts = {
+        "documents": documents.count(),
+        "distinct_texts": texts.count(),
+        "candidate_pairs": pairs.count(),
+        "near_pairs": edges.count(),
+        "clusters": int(totals[1]),
+        "members": int(totals[0]),
+        "members_exact": int(totals[2]),
+        "members_near": int(totals[3]),
+        "duplicates": int(totals[0]) - int(totals[1]),
+        "crowded_buckets": crowded.count(),
+    }
+    for cached in (documents, texts, pairs):
+        cached.unpersist()
+    return StageResult(
+        job="dedup",
+        counts=counts,
+        inputs={SILVER_DOCUMENTS.name: version or 0},
+        outputs={SILVER_MINHASH.name: hashed.version, SILVER_DUPLICATES.name: written.version},
+    )
+
+
+def candidate_pairs(minhash: DataFrame, limit: int) -> tuple[DataFrame, DataFrame]:
+    """(pairs (a, b) with a < b, each once; the buckets of more than ``limit`` texts).
+
+    A crowded bucket gives edges to its centre, the least id, only: its pairs would grow with the square of its size.
+    """
+    buckets = minhash.groupBy("band", "bucket").agg(F.count("*").alias("size"), F.min("document_id").alias("centre"))
+    shared = minhash.join(buckets.where("size > 1"), ["band", "bucket"])
+    here = shared.where(F.col("size") <= limit).select("band", "bucket", F.col("document_id").alias("a"))
+    there = here.select("band", "bucket", F.col("a").alias("b"))
+    every = here.join(there, ["band", "bucket"]).where("a < b").select("a", "b")
+    star = shared.where((F.col("size") > limit) & (F.col("document_id") != F.col("centre")))
+    pairs = every.union(star.select(F.col("centre").alias("a"), F.col("document_id").alias("b"))).distinct()
+    return pairs, buckets.where(F.col("size") > limit)
+
+
+def verify(silver: DataFrame, pairs: DataFrame, config: DedupConfig) -> DataFrame:
+    """pairs (a, b) -> (a, b, similarity): those whose shingle sets' true Jaccard similarity reaches the threshold."""
+    named = pairs.select(F.col("a").alias("document_id")).union(pairs.select("b")).distinct()
+    sets = silver.select("document_id", "kind", "text").join(named, "document_id", "left_semi")
+    sets = sets.mapInArrow(_set_batches(config.shingle), "document_id string, shingles array<bigint>").persist()
+    joined = pairs.join(sets.select(F.col("document_id").alias("a"), F.col("shingles").alias("x")), "a").join(
+        sets.select(F.col("document_id").alias("b"), F.col("shingles").alias("y")), "b"
+    )
+    # Sets whose sizes differ too much cannot reach the threshold: their elements are not compared.
+    sized = joined.where(F.least(F.size("x"), F.size("y")) >= config.threshold * F.greatest(F.size("x"), F.size("y")))
+    common = F.size(F.array_intersect("x", "y"))
+    similarity: Column = common / (F.size("x") + F.size("y") - common)
+    return sized.select("a", "b", similarity.alias("similarity")).where(F.col("similarity") >= config.threshold)
+
+
+def clusters(documents: DataFrame, texts: DataFrame, edges: DataFrame, config: DedupConfig) -> DataFrame:
+    """Members of clusters of two and more: (document_id, least, method, similarity, kept); least names the cluster."""
+    components = connected_components(edges).withColumnRenamed("node", "speaker")
+    both = edges.select(F.col("a").alias("speaker"), "similarity").union(edges.select("b", "similarity"))
+    nearest = both.groupBy("speaker").agg(F.max("similarity").alias("nearest"))
+    known = texts.join(components, "speaker", "left").join(nearest, "speaker", "left")
+    members = (
+        documents.join(known.where("copied OR component IS NOT NULL"), "text_sha256")
+        .withColumn("least", F.coalesce("component", "speaker"))
+        .withColumn("method", F.when(F.col("copied"), "exact").otherwise("near"))
+        .withColumn("similarity", F.when(F.col("copied"), 1.0).otherwise(F.col("nearest")))
+    )
+    priority = F.lit(len(config.source_priority))
+    for rank, source in reversed(list(enumerate(config.source_priority))):
+        priority = F.when(F.col("source") == source, rank).otherwise(priority)
+    order = F.struct("rejected", priority.alias("priority"), (-F.col("length")).alias("shortness"), "document_id")
+    best = members.groupBy("least").agg(F.min(order).alias("best"))
+    return members.join(best, "least").select(
+        "document_id",
+        "least",
+        "method",
+        "similarity",
+        (F.col("document_id") == F.col("best.document_id")).alias("kept"),
+    )
+
+
+def keep_cluster_ids(members: DataFrame, previous: DataFrame) -> DataFrame:
+    """Rows of silver.duplicates: a cluster keeps the least id that it has ever had.
+
+    Where a cluster fell apart, the part with the least member keeps the id and the others take their own least member.
+    """
+    before = members.join(previous, "document_id", "left").groupBy("least").agg(F.min("cluster_id").alias("before"))
+    claim = before.withColumn("claim", F.least("least", "before"))
+    first = F.min("least").over(Window.partitionBy("claim")) == F.col("least")
+    names = claim.withColumn("cluster_id", F.when(first, F.col("claim")).otherwise(F.col("least")))
+    joined = members.join(names.select("least", "cluster_id"), "least")
+    return joined.select("document_id", "cluster_id", "method", "similarity", "kept")
+
+
+def _lsh_batches(config: DedupConfig) -> Callable[[Batches], Batches]:
+    size, bands, rows = config.shingle, config.bands, config.rows
+
+    def batches(incoming: Batches) -> Batches:
+        for batch in incoming:
+            having, buckets = lsh(batch["text"], _is_code(batch), size=size, bands=bands, rows=rows)
+            ids = batch["document_id"].take(pa.array(np.repeat(having, bands)))
+            band = pa.array(np.tile(np.arange(bands, dtype=np.int32), len(having)))
+            yield pa.RecordBatch.from_arrays([ids, band, pa.array(buckets.ravel())], ["document_id", "band", "bucket"])
+
+    return batches
+
+
+def _set_batches(size: int) -> Callable[[Batches], Batches]:
+    def batches(incoming: Batches) -> Batches:
+        for batch in incoming:
+            sets = shingle_sets(batch["text"], _is_code(batch), size)
+            offsets = np.concatenate([[0], np.cumsum([len(s) for s in sets])]).astype(np.int32)
+            values = pa.array(np.concatenate([*sets, np.empty(0, np.uint64)]).view(np.int64))
+            lists = pa.ListArray.from_arrays(pa.array(offsets), values)
+            yield pa.RecordBatch.from_arrays([batch["document_id"], lists], ["document_id", "shingles"])
+
+    return batches
+
+
+def _is_code(batch: pa.RecordBatch) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    return np.asarray(batch["kind"].to_numpy(zero_copy_only=False) == "code")
