@@ -1,0 +1,119 @@
+"""silver.documents -> gold.tokens: the tokens of every accepted, kept document, and its split.
+
+What a document says is text: ``<|endoftext|>`` written in it is encoded as its characters, never as the control token.
+Left out: following the change feed. A run tokenizes all that is kept and commits what differs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Field
+from pyspark.sql import Column, SparkSession
+from pyspark.sql import functions as F
+from tokenizers import Tokenizer
+
+from pipelines import lake as tables_of
+from pipelines.lake import StageResult
+from pipelines.tables import GOLD_TOKENS, SILVER_DOCUMENTS, SILVER_DUPLICATES
+from pipelines.tokenize.train import chosen_tokenizer, kept_documents, tokenizer_json
+
+Batches = Iterator[pa.RecordBatch]
+# Texts that are encoded at a time (characters): encodings, far larger than their tokens, are held together.
+SLICE = 1 << 20
+_HASH_DIGITS = 12
+
+
+class TokenizeConfig(BaseModel):
+    """Settings ``tokenize.*``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tokenizer: str | None = Field(None, description="id of a tokenizer of the lake; the lake's own when not given")
+    validation_fraction: float = Field(0.01, ge=0, le=1, description="clusters that go to validation (fraction)")
+
+
+def run(spark: SparkSession, lake: str, config: TokenizeConfig, *, run_id: str) -> StageResult:
+    """Bring the tokenizer's edition of gold.tokens in line with silver. Raises LakeError when there is no tokenizer."""
+    tables_of.ensure(spark, lake, GOLD_TOKENS)
+    tokenizer_id = chosen_tokenizer(lake, config.tokenizer)
+    inputs = {t.name: tables_of.version(spark, lake, t) for t in (SILVER_DOCUMENTS, SILVER_DUPLICATES)}
+    documents = kept_documents(spark, lake, inputs).select(
+        "document_id",
+        "source",
+        "kind",
+        split(F.coalesce("cluster_id", "document_id"), config.validation_fraction).alias("split"),
+        "text",
+    )
+    schema = "document_id string, source string, kind string, split string, tokens binary, token_count int"
+    tokens = documents.mapInArrow(encode_batches(tokenizer_json(lake, tokenizer_id)), schema)
+    tokens = tokens.withColumn("tokenizer_id", F.lit(tokenizer_id))
+    scope = f"tokenizer_id = '{tokenizer_id}'"
+    written = tables_of.sync(spark, lake, GOLD_TOKENS, tokens, scope=scope)
+    edition = tables_of.read(spark, lake, GOLD_TOKENS, written.version).where(scope)
+    counts = {"documents": 0, "tokens": 0}
+    for row in edition.groupBy("split").agg(F.count("*"), F.sum("token_count")).toLocalIterator():
+        counts[f"documents_{row[0]}"], counts[f"tokens_{row[0]}"] = int(row[1]), int(row[2])
+        counts["documents"] += int(row[1])
+        counts["tokens"] += int(row[2])
+    return StageResult(
+        job="tokenize",
+        counts=counts,
+        inputs={name: version for name, version in inputs.items() if version is not None},
+        outputs={GOLD_TOKENS.name: written.version},
+    )
+
+
+def split(cluster: Column, validation_fraction: float) -> Column:
+    """train or validation by the hash of the cluster's id: near-duplicates never straddle the two."""
+    bound = round(validation_fraction * 16**_HASH_DIGITS)
+    draw = F.conv(F.substring(F.sha2(F.concat(F.lit("split/"), cluster), 256), 1, _HASH_DIGITS), 16, 10).cast("bigint")
+    return F.when(draw < bound, "validation").otherwise("train")
+
+
+def encode_batches(tokenizer: str) -> Callable[[Batches], Batches]:
+    """The batch function of the tokenizer with this JSON: replaces column text by tokens and token_count."""
+
+    def batches(incoming: Batches) -> Batches:
+        # Spark already runs one worker a core.
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        loaded = plain_text_tokenizer(tokenizer)
+        for batch in incoming:
+            tokens, counts = encode(loaded, batch["text"])
+            others = [name for name in batch.schema.names if name != "text"]
+            yield pa.RecordBatch.from_arrays(
+                [*(batch[name] for name in others), tokens, counts], [*others, "tokens", "token_count"]
+            )
+
+    return batches
+
+
+def plain_text_tokenizer(tokenizer: str) -> Tokenizer:
+    """The tokenizer with this JSON, set to encode special tokens' text as the text that it is."""
+    loaded = Tokenizer.from_str(tokenizer)
+    loaded.encode_special_tokens = True
+    return loaded
+
+
+def encode(tokenizer: Tokenizer, texts: pa.Array) -> tuple[pa.Array, pa.Array]:
+    """texts -> (tokens: binary, uint32 little-endian; token counts: int32)."""
+    tokens: list[bytes] = []
+    part: list[str] = []
+    characters = 0
+    for text in texts:
+        part.append(text.as_py())
+        characters += len(part[-1])
+        if characters >= SLICE:
+            tokens += _encode_part(tokenizer, part)
+            part, characters = [], 0
+    tokens += _encode_part(tokenizer, part)
+    counts = np.fromiter((len(t) // 4 for t in tokens), np.int32, len(tokens))
+    return pa.array(tokens, pa.binary()), pa.array(counts)
+
+
+def _encode_part(tokenizer: Tokenizer, texts: list[str]) -> list[bytes]:
+    encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    return [np.array(encoding.ids, dtype="<u4").tobytes() for encoding in encodings]
