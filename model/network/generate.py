@@ -60,13 +60,23 @@ def load_tokenizer(path: str) -> Tokenizer:
         tokenizer = Tokenizer.from_file(path)
     except Exception as error:  # tokenizers raises Exception itself
         raise ModelError(f"{path} is not a readable tokenizer ({error}); restore it.") from error
+    if tokenizer.token_to_id(END_OF_TEXT) is None:
+        raise ModelError(f"{path} has no token {END_OF_TEXT}; take a tokenizer made by train-tokenizer.")
     tokenizer.encode_special_tokens = True
     return tokenizer
 
 
+def end_of_text_id(tokenizer: Tokenizer) -> int:
+    """The end-of-text token's id. Errors: ValueError where the tokenizer has none."""
+    token = tokenizer.token_to_id(END_OF_TEXT)
+    if token is None:
+        raise ValueError(f"tokenizer: there is no token {END_OF_TEXT}")
+    return token
+
+
 def encode_prompt(model: Transformer, tokenizer: Tokenizer, prompt: str, max_tokens: int) -> list[int]:
     """The prompt's tokens; an empty prompt is the end-of-text token. Errors: ModelError (2) where it does not fit."""
-    ids: list[int] = tokenizer.encode(prompt, add_special_tokens=False).ids or [tokenizer.token_to_id(END_OF_TEXT)]
+    ids: list[int] = tokenizer.encode(prompt, add_special_tokens=False).ids or [end_of_text_id(tokenizer)]
     limit = model.config.max_seq_len
     if len(ids) + max_tokens > limit:
         raise ModelError(
@@ -95,7 +105,7 @@ def _pieces(model: Transformer, tokenizer: Tokenizer, prompt: list[int], samplin
         generator.seed()
     else:
         generator.manual_seed(sampling.seed)
-    end = tokenizer.token_to_id(END_OF_TEXT)
+    end = end_of_text_id(tokenizer)
     known = tokenizer.get_vocab_size()
     cache = KVCache(
         model.config, 1, len(prompt) + sampling.max_tokens, device=model.device, dtype=model.embedding.weight.dtype
