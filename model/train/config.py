@@ -1,0 +1,79 @@
+"""What a training is told and what it answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from model.errors import ModelError
+
+
+class TrainConfig(BaseModel):
+    """One training. What decides the weights is kept with the output and may not change between its restarts."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    lake: str = Field("./lake", description="the lake's path or URI")
+    name: str = Field("quickstart", description="the training's name, that of its output folder and MLflow run")
+    preset: str = Field("quickstart", description="model preset, a file of conf/models without .yaml")
+    overrides: dict[str, Any] = Field(
+        default_factory=dict, description="model fields that replace the preset's (vocab_size is the tokenizer's)"
+    )
+    steps: int = Field(300, ge=1, description="optimizer steps in all")
+    global_batch_size: int = Field(16, ge=1, description="sequences a step")
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="sequences a forward pass; gradients accumulate over a step (default: the whole batch)"
+    )
+    learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
+    schedule: Literal["cosine", "wsd"] = Field("cosine", description="after warm-up: cosine, or stable and then decay")
+    warmup_steps: int = Field(20, ge=0, description="steps of linear warm-up")
+    decay_fraction: float = Field(0.2, gt=0, le=1, description="wsd: the last part of the steps that decays (fraction)")
+    final_learning_rate_fraction: float = Field(0.1, ge=0, le=1, description="last learning rate over the peak")
+    weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay, of matrices only")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first moment's decay a step")
+    beta2: float = Field(0.95, ge=0, lt=1, description="AdamW's second moment's decay a step")
+    gradient_clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    loss_chunk: int = Field(1024, ge=1, description="tokens whose logits exist at the same time")
+    seed: int = Field(0, ge=0, description="of the initial weights and of the order of the data")
+    sequences_version: int | None = Field(
+        None, ge=0, description="Delta version of gold.sequences (default: the latest when the training starts)"
+    )
+    tokenizer_id: str | None = Field(None, description="edition of gold.sequences; needed where there are several")
+    sequence_length: int | None = Field(None, ge=2, description="edition of gold.sequences (tokens a sequence)")
+    checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1, description="checkpoints kept, the newest")
+    log_every: int = Field(10, ge=1, description="steps between lines where there is no terminal")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a CUDA GPU where there is one")
+    output: str | None = Field(None, description="folder of this training (default: LAKE/training/NAME)")
+    experiment: str = Field("lakemoe", description="MLflow experiment")
+    tracking_uri: str | None = Field(None, description="MLflow tracking server (default: the lake's own)")
+
+    def output_folder(self) -> Path:
+        """Where checkpoints and metrics go: a local folder."""
+        if self.output is not None:
+            return Path(self.output)
+        if "://" in self.lake and not self.lake.startswith("file://"):
+            raise ModelError(f"The lake {self.lake} is no local folder; name a local output for the training.", 2)
+        return Path(self.lake.removeprefix("file://")) / "training" / self.name
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that the weights depend on. The others may change between restarts."""
+        free = {"lake", "name", "output", "experiment", "tracking_uri", "device"}
+        free |= {"checkpoint_every", "keep_checkpoints", "log_every"}
+        return self.model_dump(mode="json", exclude=free)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSummary:
+    """A finished training. checkpoint: the final one's folder; final_loss: of the last step (nats a token);
+    tokens: seen in all; seconds: spent in steps, over all restarts."""
+
+    checkpoint: str
+    step: int
+    mlflow_run_id: str
+    final_loss: float
+    tokens: int
+    seconds: float

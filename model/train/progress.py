@@ -1,0 +1,50 @@
+"""A bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class TrainingProgress:
+    """Shows steps done with loss and tokens a second; a line every ``every`` steps where there is no terminal."""
+
+    def __init__(self, total: int, start: int, every: int) -> None:
+        self._console = Console(soft_wrap=True, highlight=False)
+        self._total, self._every = total, every
+        self._bar: Progress | None = None
+        if self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("train"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:,.0f} tokens/s"),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._task = self._bar.add_task("train", total=total, completed=start, loss=float("nan"), speed=0.0)
+
+    def __enter__(self) -> Self:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def step(self, done: int, loss: float, tokens_per_second: float) -> None:
+        """``done`` steps are done."""
+        if self._bar:
+            self._bar.update(self._task, completed=done, loss=loss, speed=tokens_per_second)
+        elif done % self._every == 0 or done in (1, self._total):
+            self.say(f"train: step {done}/{self._total}  loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s")
+
+    def say(self, line: str) -> None:
+        """A line of its own."""
+        self._console.print(line, markup=False)

@@ -1,0 +1,132 @@
+"""One MLflow run for one training, also over restarts, and no step of it twice.
+
+The run is found by its id in run.json, or, where a kill fell between making it and writing that down, by a tag. Metrics
+are sent from the journal, whole steps at a time and in order, only up to a checkpoint's step; the last step that MLflow
+has says where to go on. A tracking server that fails while training costs a warning: the next checkpoint catches up.
+
+Leaves out: system metrics, artifacts (the registry logs the model).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
+
+from model.errors import ModelError
+from model.train.config import TrainConfig
+from model.train.journal import Journal
+
+TRAINING_TAG = "lakemoe.training_id"
+ANCHOR = "loss"  # the metric whose last step says how far MLflow got
+METRICS_A_CALL = 1000  # MLflow's limit
+
+
+class Tracking:
+    """The training's MLflow run. Opening it raises ModelError (75) where the tracking server cannot be used."""
+
+    def __init__(self, config: TrainConfig, uri: str, training_id: str, run_id: str | None) -> None:
+        self.uri = uri
+        try:
+            # Down servers are asked for two minutes by default; the training need not wait that long.
+            os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+            self._client = MlflowClient(tracking_uri=uri)
+            self.run_id = run_id or self._find(config, training_id) or self._create(config, training_id)
+            self._client.update_run(self.run_id, status="RUNNING")
+        except (MlflowException, OSError) as error:
+            raise ModelError(f"MLflow at {uri} cannot be used ({error}); mend it and run again.", 75) from error
+
+    def _experiment(self, name: str) -> str:
+        found = self._client.get_experiment_by_name(name)
+        return str(found.experiment_id if found else self._client.create_experiment(name))
+
+    def _find(self, config: TrainConfig, training_id: str) -> str | None:
+        found = self._client.search_runs(
+            [self._experiment(config.experiment)], f"tags.`{TRAINING_TAG}` = '{training_id}'", max_results=1
+        )
+        return str(found[0].info.run_id) if found else None
+
+    def _create(self, config: TrainConfig, training_id: str) -> str:
+        tags = {TRAINING_TAG: training_id, "lakemoe.version": _code_version()}
+        run = self._client.create_run(self._experiment(config.experiment), run_name=config.name, tags=tags)
+        return str(run.info.run_id)
+
+    def describe(self, parameters: dict[str, Any], data: dict[str, Any]) -> None:
+        """Parameters, and the table with its version as dataset input and as tags. Saying it again changes nothing."""
+        source = {"path": data["uri"], "delta_table_name": data["table"], "delta_table_version": data["version"]}
+        dataset = Dataset(
+            name=data["table"],
+            digest=data["content"][:32],
+            source_type="delta_table",
+            source=json.dumps(source),
+            profile=json.dumps({"num_rows": data["num_sequences"], "sequence_length": data["sequence_length"]}),
+        )
+        tags = {f"lakemoe.data.{key}": str(value) for key, value in data.items()}
+        try:
+            self._client.log_batch(
+                self.run_id,
+                params=[Param(key, str(value)) for key, value in parameters.items()],
+                tags=[RunTag(key, value) for key, value in tags.items()],
+            )
+            self._client.log_inputs(self.run_id, [DatasetInput(dataset, [InputTag(MLFLOW_DATASET_CONTEXT, "train")])])
+        except (MlflowException, OSError) as error:
+            raise ModelError(f"MLflow at {self.uri} cannot be used ({error}); mend it and run again.", 75) from error
+
+    def send(self, journal: Journal, until: int) -> str | None:
+        """Send the journal's steps up to ``until`` that MLflow lacks. What went wrong, where something did."""
+        try:
+            history = self._client.get_metric_history(self.run_id, ANCHOR)
+            after = max((m.step for m in history), default=0)
+            steps = (_metrics(line) for line in journal.lines(after, until))
+            for batch in _whole_steps(steps):
+                self._client.log_batch(self.run_id, metrics=batch)
+        except (MlflowException, OSError) as error:
+            return f"MLflow at {self.uri} took no metrics ({error})"
+        return None
+
+    def end(self, status: str) -> None:
+        """Mark the run FINISHED, FAILED or KILLED, where MLflow can be reached."""
+        try:
+            self._client.set_terminated(self.run_id, status=status)
+        except (MlflowException, OSError):
+            return  # the run's metrics are what matters; the next restart sets the status
+
+
+def _metrics(line: dict[str, Any]) -> list[Metric]:
+    numbers = {k: float(v) for k, v in line.items() if k not in ("step", "time") and isinstance(v, int | float)}
+    for layer, value in enumerate(line.get("expert_load_max", ())):
+        numbers[f"expert_load_max/layer_{layer:02d}"] = float(value)
+    return [Metric(k, v, line["time"], line["step"]) for k, v in sorted(numbers.items())]
+
+
+def _whole_steps(steps: Iterable[list[Metric]]) -> Iterable[list[Metric]]:
+    """Steps' metrics put together to calls under MLflow's limit. A step is never divided: each call is one transaction,
+    so that a kill leaves whole steps behind."""
+    batch: list[Metric] = []
+    for step in steps:
+        if batch and len(batch) + len(step) > METRICS_A_CALL:
+            yield batch
+            batch = []
+        batch += islice(step, METRICS_A_CALL)
+    if batch:
+        yield batch
+
+
+def _code_version() -> str:
+    try:
+        return version("lakemoe")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def default_tracking_uri(lake: str) -> str:
+    """MLFLOW_TRACKING_URI where it is set, else a sqlite file in the lake's folder."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{lake.removeprefix('file://').rstrip('/')}/mlflow.db"
