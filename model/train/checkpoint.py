@@ -96,7 +96,7 @@ def find_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint under root that is whole, and what is wrong with newer ones. Removes half-written ones."""
     for half in root.glob(f"{TEMPORARY}*"):
         shutil.rmtree(half, ignore_errors=True)
-    broken = []
+    broken: list[str] = []
     for folder in _folders(root):
         try:
             return read_checkpoint(folder), broken
