@@ -1,0 +1,96 @@
+"""The way from a model's version back to its data, and whether that data is still there.
+
+The version's tags name gold.sequences at its version; ops.runs says which run wrote that version, from which tables at
+which versions, and so on back to bronze.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from model.errors import ModelError
+from model.registry.load import resolve
+from model.registry.register import PREFIX
+from model.registry.store import connect
+from model.registry.tables import missing, read_rows
+from pipelines.tables import GOLD_SEQUENCES, OPS_RUNS, table_uri
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableUse:
+    """A table at the version that was read. missing: None while that can be read, else the reason.
+
+    job and run_id are those of the run that wrote the version, None where ops.runs does not say.
+    """
+
+    table: str
+    version: int
+    job: str | None
+    run_id: str | None
+    missing: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lineage:
+    """Where a model's version came from. tables begin with gold.sequences and go back to bronze."""
+
+    model: str
+    version: str
+    training_run_id: str | None
+    code_version: str | None
+    tokenizer_id: str | None
+    tags: dict[str, str]
+    tables: tuple[TableUse, ...]
+
+    @property
+    def reproducible(self) -> bool:
+        """Whether every table version is still there."""
+        return all(use.missing is None for use in self.tables)
+
+
+def lineage(uri: str, *, lake: str) -> Lineage:
+    """The lineage of models:/NAME@ALIAS or models:/NAME/VERSION. Errors: ModelError where there is no such version."""
+    version = resolve(connect(lake), uri)
+    tags = {key.removeprefix(PREFIX): value for key, value in version.tags.items() if key.startswith(PREFIX)}
+    try:
+        sequences = int(tags[f"{GOLD_SEQUENCES.name}.version"])
+    except (KeyError, ValueError):
+        raise ModelError(f"{uri} has no lineage tags; it was not registered by lakemoe.") from None
+    runs = read_rows(OPS_RUNS.uri(lake))
+    uses: dict[str, TableUse] = {}
+    to_visit = [(GOLD_SEQUENCES.name, sequences)]
+    while to_visit:
+        table, number = to_visit.pop(0)
+        if table in uses and uses[table].version >= number:
+            continue
+        writer = written_by(runs, table, number)
+        # The tag holds the id of the one table that the training opened itself.
+        table_id = tags.get(f"{table}.table_id")
+        uses[table] = TableUse(
+            table=table,
+            version=number,
+            job=None if writer is None else str(writer["job"]),
+            run_id=None if writer is None else str(writer["run_id"]),
+            missing=missing(table_uri(lake, table), number, table_id),
+        )
+        to_visit += [(i["table"], int(i["version"])) for i in (writer or {}).get("inputs") or () if i["table"] != table]
+    return Lineage(
+        model=str(version.name),
+        version=str(version.version),
+        training_run_id=tags.get("training_run_id"),
+        code_version=tags.get("code_version"),
+        tokenizer_id=tags.get("tokenizer_id"),
+        tags=tags,
+        tables=tuple(uses.values()),
+    )
+
+
+def written_by(runs: list[dict[str, Any]], table: str, version: int) -> dict[str, Any] | None:
+    """The first run that ended with the table at this version: later ones found it so and changed nothing."""
+    wrote = [
+        run
+        for run in runs
+        if any(o["table"] == table and int(o["version"]) == version for o in run.get("outputs") or ())
+    ]
+    return min(wrote, key=lambda run: str(run["run_id"]), default=None)

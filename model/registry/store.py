@@ -1,0 +1,50 @@
+"""Where runs and models are kept: MLflow in the lake's own folder, or the server that MLFLOW_TRACKING_URI names.
+
+Leaves out a registry apart from the tracking server.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import mlflow
+from mlflow import MlflowClient
+
+from model.errors import ModelError
+
+EXPERIMENT = "lakemoe"
+
+
+def lake_folder(lake: str) -> Path:
+    """The local folder of a lake, absolute. Errors: ModelError (2) for an object store."""
+    if "://" in lake and not lake.startswith("file://"):
+        raise ModelError(f"The lake {lake} is no local folder to keep MLflow's store in; set MLFLOW_TRACKING_URI.", 2)
+    return Path(lake.removeprefix("file://")).resolve()
+
+
+def tracking_uri(lake: str) -> str:
+    """MLFLOW_TRACKING_URI where it is set, else the SQLite file LAKE/mlflow.db (the folder is made)."""
+    if named := os.environ.get("MLFLOW_TRACKING_URI"):
+        return named
+    folder = lake_folder(lake)
+    folder.mkdir(parents=True, exist_ok=True)
+    return f"sqlite:///{folder}/mlflow.db"
+
+
+def connect(lake: str, uri: str | None = None) -> MlflowClient:
+    """Points this process's MLflow to the lake's store (or ``uri``) and gives a client to it."""
+    uri = uri or tracking_uri(lake)
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def experiment_id(client: MlflowClient, lake: str, name: str = EXPERIMENT) -> str:
+    """The experiment's id. Made where it is absent; in the lake's own store its artifacts go to LAKE/mlartifacts."""
+    found = client.get_experiment_by_name(name)
+    if found is not None:
+        return str(found.experiment_id)
+    own = client.tracking_uri.startswith("sqlite:")
+    location = (lake_folder(lake) / "mlartifacts" / name).as_uri() if own else None
+    return str(client.create_experiment(name, artifact_location=location))
