@@ -1,0 +1,196 @@
+"""Which files a source holds: names only, listed on the driver, sorted, so that every run sees them in one order.
+
+Version-control folders, the lake's own folder and what `include` and `exclude` leave out are not part of a source. Files whose name says that they are compiled
+or media (`.pyc`, `.so`, `.png` ...) are no records: they are counted as skipped. Archives and compressed files of a
+kind that is not read are not on that list: they come in and are quarantined as `binary`, so that data in them is missed
+loudly. A folder below the source that cannot be listed is a record, `unreadable`. Links to files are followed, links to
+folders are not (they may lead round in a circle) and count as skipped.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from pipelines.errors import LakeError
+from pipelines.ingest.config import Format, SourceConfig, format_of, glob_base, is_glob
+from pipelines.ingest.languages import extension
+
+VERSION_CONTROL = frozenset({".git", ".hg", ".svn", ".bzr", ".jj", "_darcs", ".fslckout", "CVS"})
+# Compiled code, pictures, sound, film, fonts: never text, whatever the folder.
+SKIPPED_EXTENSIONS = frozenset(
+    "." + name
+    for row in (
+        "pyc pyo pyd so o a obj lib dll dylib exe class jar wasm elc beam hi rlib",
+        "png jpg jpeg gif bmp ico icns webp tif tiff psd avif heic",
+        "mp3 mp4 wav ogg flac m4a avi mov mkv webm aac",
+        "ttf otf woff woff2 eot",
+    )
+    for name in row.split()
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One thing to read. problem: why it cannot be (then it is a quarantined record and is not opened)."""
+
+    source: int
+    raw_path: bytes
+    relative: str
+    format: Format
+    size: int
+    problem: str | None = None
+
+
+@dataclass(slots=True)
+class Listing:
+    """What a source holds, and what was passed over. folders: relative paths of those listed, `.` for the source's."""
+
+    entries: list[Entry] = field(default_factory=list)
+    folders: list[str] = field(default_factory=list)
+    skipped: int = 0
+
+
+def printable(path: str) -> str:
+    """A path as text: bytes that are not UTF-8 become ``\\xNN``."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def glob_pattern(pattern: str) -> re.Pattern[str]:
+    """The regular expression of a glob over relative paths: `*` and `?` stay in one part, `**` crosses parts."""
+    out = ""
+    parts = pattern.split("/")
+    for index, part in enumerate(parts):
+        last = index == len(parts) - 1
+        if part == "**":
+            out += ".*" if last else "(?:.*/)?"
+            continue
+        out += re.sub(r"\\\*|\\\?|\\\[(!?)(.+?)\\\]", _wildcard, re.escape(part).replace("\\!", "!"))
+        out += "" if last else "/"
+    return re.compile(out, re.DOTALL)
+
+
+def _wildcard(match: re.Match[str]) -> str:
+    if match[0] == r"\*":
+        return "[^/]*"
+    if match[0] == r"\?":
+        return "[^/]"
+    return f"[{'^' if match[1] else ''}{match[2].replace(chr(92) + '-', '-')}]"
+
+
+def list_source(index: int, source: SourceConfig, *, exclude: str | None = None) -> Listing:
+    """List a source whose path is absolute (`SourceConfig.resolved`).
+
+    exclude: an absolute path that is no part of it (the lake, where it lies in the source).
+    Raises LakeError (exit code 2) where the path is not there or cannot be listed.
+    """
+    listing = Listing()
+    included = [glob_pattern(pattern).fullmatch for pattern in source.include]
+    left_out = [glob_pattern(pattern).fullmatch for pattern in source.exclude]
+    left_out_whole = [glob_pattern(pattern).fullmatch for pattern in source.exclude if pattern.endswith("**")]
+
+    def wanted(relative: str) -> bool:
+        """Of a file's path, or of a folder's with a slash at its end: whether anything in it may be wanted."""
+        if relative.endswith("/"):
+            return not any(matches(relative) for matches in left_out_whole)
+        if any(matches(relative) for matches in left_out):
+            return False
+        return not included or any(matches(relative) for matches in included)
+
+    excluded = os.path.realpath(exclude) if exclude else None
+    if is_glob(source.path):
+        base = glob_base(source.path)
+        pattern = os.path.relpath(source.path, base)
+        depth = None if "**" in pattern else pattern.count("/")
+        of_glob = glob_pattern(pattern).fullmatch
+        _list_folder(
+            listing,
+            index,
+            source,
+            base,
+            lambda relative: wanted(relative) and (relative.endswith("/") or of_glob(relative)),
+            depth,
+            excluded,
+        )
+        if not listing.entries and not listing.skipped:
+            raise LakeError(f"No file matches the source {source.path}: check the pattern.", 2)
+    elif os.path.isdir(source.path):
+        _list_folder(listing, index, source, source.path, wanted, None, excluded)
+    elif os.path.lexists(source.path):
+        _add_file(listing, index, source, source.path, os.path.basename(source.path))
+    else:
+        raise LakeError(f"The source {source.path} does not exist: check the path.", 2)
+    return listing
+
+
+def _list_folder(
+    listing: Listing,
+    index: int,
+    source: SourceConfig,
+    root: str,
+    wanted: Callable[[str], object],
+    depth: int | None,
+    excluded: str | None,
+) -> None:
+    """Walk `root` depth first in the order of names; `depth`: how many folders down, None for all.
+
+    wanted: says of a file's relative path, and of a folder's with a slash at its end, whether it is part of the source.
+    """
+    waiting = [("", 0)]
+    while waiting:
+        folder, level = waiting.pop()
+        path = os.path.join(root, folder) if folder else root
+        try:
+            with os.scandir(path) as found:
+                children = sorted(found, key=lambda child: os.fsencode(child.name))
+        except OSError as error:
+            if not folder:
+                raise LakeError(f"The source {root} cannot be listed: {error.strerror}.", 2) from error
+            listing.entries.append(
+                Entry(index, os.fsencode(path), printable(folder), "file", 0, f"folder: {error.strerror or error}")
+            )
+            continue
+        listing.folders.append(printable(folder) or ".")
+        below = []
+        for child in children:
+            relative = f"{folder}/{child.name}" if folder else child.name
+            if child.name in VERSION_CONTROL:
+                continue
+            if _is_folder(child):
+                if child.is_symlink():
+                    listing.skipped += 1
+                elif (
+                    (depth is None or level < depth)
+                    and wanted(relative + "/")
+                    and os.path.realpath(child.path) != excluded
+                ):
+                    below.append((relative, level + 1))
+            elif wanted(relative):
+                if extension(child.name) in SKIPPED_EXTENSIONS:
+                    listing.skipped += 1
+                else:
+                    _add_file(listing, index, source, child.path, relative)
+        waiting.extend(reversed(below))
+
+
+def _is_folder(child: os.DirEntry[str]) -> bool:
+    try:
+        return child.is_dir()
+    except OSError:  # a link that leads round in a circle: it is read, and quarantined, as a file
+        return False
+
+
+def _add_file(listing: Listing, index: int, source: SourceConfig, path: str, relative: str) -> None:
+    size, problem = 0, None
+    try:
+        status = os.stat(path)
+        size = status.st_size
+        if not stat.S_ISREG(status.st_mode):
+            problem = "not a regular file"
+    except OSError as error:
+        problem = error.strerror or str(error)
+    entry_format = source.format or format_of(path)
+    listing.entries.append(Entry(index, os.fsencode(path), printable(relative), entry_format, size, problem))

@@ -1,0 +1,258 @@
+"""The ingest stage on a lake: counts that add up, runs that add nothing, quarantine that heals."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pipelines import lake as lakehouse
+from pipelines.errors import LakeError
+from pipelines.ingest import stage
+from pipelines.ingest.config import IngestConfig, SourceConfig
+from pipelines.tables import BRONZE_DOCUMENTS, BRONZE_QUARANTINE
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+
+def ingest(spark: SparkSession, lake: str, *sources: Path | SourceConfig, **settings: Any) -> lakehouse.StageResult:
+    configs = tuple(s if isinstance(s, SourceConfig) else SourceConfig(path=str(s)) for s in sources)
+    result = stage.run(spark, lake, IngestConfig(sources=configs, **settings), run_id="r")
+    assert result.counts["documents"] + result.counts["quarantined"] == result.counts["records"]
+    return result
+
+
+def documents(spark: SparkSession, lake: str) -> dict[str, str]:
+    return {row.source_id: row.content for row in lakehouse.read(spark, lake, BRONZE_DOCUMENTS).collect()}
+
+
+def quarantine(spark: SparkSession, lake: str) -> list[tuple[str, str]]:
+    return sorted((row.source_id, row.reason) for row in lakehouse.read(spark, lake, BRONZE_QUARANTINE).collect())
+
+
+def jsonl(*records: object) -> bytes:
+    return "".join(json.dumps(record) + "\n" for record in records).encode()
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = tmp_path / "source"
+    (folder / "pkg").mkdir(parents=True)
+    (folder / "README.md").write_text("# Title\n")
+    (folder / "pkg" / "__init__.py").write_text("")
+    (folder / "pkg" / "run").write_text("#!/usr/bin/env python3\nprint(1)\n")
+    (folder / "pkg" / "x.pyc").write_bytes(b"\0")
+    (folder / "bin.dat").write_bytes(b"a\0")
+    (folder / "latin.txt").write_bytes(b"\xe9t\xe9")
+    (folder / "r.jsonl").write_bytes(jsonl({"id": "a", "text": "one", "url": "u"}, {"id": "b"}, {"id": "c", "text": 3}))
+    return folder
+
+
+def test_ingest_fills_both_tables_and_adds_nothing_again(spark: SparkSession, lake: str, source: Path) -> None:
+    first = ingest(spark, lake, source)
+    assert documents(spark, lake) == {
+        "README.md": "# Title\n",
+        "pkg/__init__.py": "",
+        "pkg/run": "#!/usr/bin/env python3\nprint(1)\n",
+        "a": "one",
+    }
+    assert quarantine(spark, lake) == [
+        ("b", "missing_text"),
+        ("bin.dat", "binary"),
+        ("c", "wrong_type"),
+        ("latin.txt", "invalid_utf8"),
+    ]
+    assert first.counts["skipped"] == 1
+    assert first.counts["quarantined.wrong_type"] == 1
+    assert (first.counts["table_documents"], first.counts["table_quarantine"]) == (4, 4)
+    rows = {row.source_id: row for row in lakehouse.read(spark, lake, BRONZE_DOCUMENTS).collect()}
+    assert {i: row.kind for i, row in rows.items()} == {
+        "README.md": "text",
+        "pkg/__init__.py": "code",
+        "pkg/run": "code",
+        "a": "text",
+    }
+    run = rows["pkg/run"]
+    assert run.document_id == hashlib.sha256(b"source\0pkg/run").hexdigest()
+    assert run.content_sha256 == hashlib.sha256(run.content.encode()).hexdigest()
+    assert (run.media_type, run.path, run.run_id) == ("text/x-python", str(source / "pkg/run"), "r")
+    assert abs(run.source_modified_at.timestamp() - (source / "pkg/run").stat().st_mtime) < 86_400
+    assert rows["a"].metadata == {"url": "u"}
+
+    for path in source.rglob("*"):
+        os.utime(path, (time.time() + 60,) * 2)  # copied or checked out anew: another time, the same content
+    again = ingest(spark, lake, source)
+    assert again.outputs == first.outputs
+    assert again.counts["inserted"] == again.counts["updated"] == 0
+
+
+def test_ingest_updates_what_changed_and_keeps_what_is_gone(spark: SparkSession, lake: str, source: Path) -> None:
+    ingest(spark, lake, source)
+    (source / "README.md").write_text("new")
+    (source / "pkg" / "run").unlink()
+    (source / "bin.dat").unlink()
+    (source / "latin.txt").write_text("été")
+    (source / "r.jsonl").write_bytes(jsonl({"id": "b", "text": "whole"}, {"id": "c"}))
+    result = ingest(spark, lake, source)
+    assert (result.counts["inserted"], result.counts["updated"]) == (2, 1)
+    there = documents(spark, lake)
+    assert (there["README.md"], there["latin.txt"], there["b"], there["a"]) == ("new", "été", "whole", "one")
+    assert "pkg/run" in there
+    assert quarantine(spark, lake) == [("bin.dat", "binary"), ("c", "missing_text")]
+
+
+def test_ingest_duplicates_do_not_depend_on_partitions(spark: SparkSession, tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    folder.mkdir()
+    (folder / "a.jsonl").write_bytes(jsonl({"id": "x"}, {"id": "y", "text": "a2"}))
+    (folder / "b.jsonl").write_bytes(
+        jsonl({"id": "x", "text": "b1"}, {"id": "x", "text": "b2"}, {"id": "y", "text": 1})
+    )
+    (folder / "c.jsonl").write_bytes(jsonl({"id": "x", "text": "c1"}, {"id": "y", "text": "c2"}, {"text": "c3"}))
+    seen = []
+    for number, shuffled in enumerate(("1", "5")):
+        before = spark.conf.get("spark.sql.shuffle.partitions")
+        spark.conf.set("spark.sql.shuffle.partitions", shuffled)
+        try:
+            lake = str(tmp_path / f"lake{number}")
+            result = ingest(spark, lake, folder)
+        finally:
+            spark.conf.set("spark.sql.shuffle.partitions", before)
+        assert result.counts["quarantined.duplicate_id"] == 3
+        assert result.counts["table_documents"] + result.counts["table_quarantine"] == 8
+        seen.append((documents(spark, lake), quarantine(spark, lake)))
+    assert seen[0] == seen[1]
+    assert seen[0] == (
+        {"x": "b1", "y": "a2", "c.jsonl:3": "c3"},
+        [
+            ("a.jsonl:1", "missing_text"),
+            ("b.jsonl:2", "duplicate_id"),
+            ("b.jsonl:3", "wrong_type"),
+            ("c.jsonl:1", "duplicate_id"),
+            ("c.jsonl:2", "duplicate_id"),
+        ],
+    )
+    rows = lakehouse.read(spark, lake, BRONZE_QUARANTINE).where("source_id = 'c.jsonl:2'").collect()
+    assert (rows[0].detail, bytes(rows[0].raw)) == ("the id y came first at a.jsonl:2", b"c2")
+    assert rows[0].quarantine_id == hashlib.sha256(b"s\0c.jsonl:2\0duplicate_id").hexdigest()
+    assert ingest(spark, lake, folder).outputs == result.outputs
+
+
+def test_ingest_truncated_gzip_heals_when_it_comes_whole(spark: SparkSession, lake: str, tmp_path: Path) -> None:
+    whole = gzip.compress(jsonl(*({"id": f"i{n}", "text": os.urandom(30).hex()} for n in range(50))))
+    path = tmp_path / "data.jsonl.gz"
+    path.write_bytes(whole[: len(whole) // 2])
+    cut = ingest(spark, lake, path)
+    assert 0 < cut.counts["documents"] < 50
+    assert quarantine(spark, lake) == [(f"data.jsonl.gz:{cut.counts['documents'] + 1}", "truncated")]
+    path.write_bytes(whole[:-4])  # only the checksum is missing: no record 51 will ever take the row's place
+    ingest(spark, lake, path)
+    assert quarantine(spark, lake) == [("data.jsonl.gz:51", "truncated")]
+    path.write_bytes(whole)
+    assert ingest(spark, lake, path).counts["documents"] == 50
+    assert quarantine(spark, lake) == []
+    assert len(documents(spark, lake)) == 50
+
+
+def test_ingest_several_sources_leave_each_other_alone(spark: SparkSession, lake: str, tmp_path: Path) -> None:
+    for name in ("one's", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text(name)
+        (tmp_path / name / "b.txt").write_bytes(b"\0")
+    both = ingest(spark, lake, tmp_path / "one's", SourceConfig(path=str(tmp_path / "two"), license="MIT", kind="code"))
+    assert (both.counts["documents"], both.counts["quarantined"]) == (2, 2)
+    (tmp_path / "one's" / "b.txt").write_text("whole")
+    ingest(spark, lake, tmp_path / "one's")
+    left = lakehouse.read(spark, lake, BRONZE_QUARANTINE).collect()
+    assert [(row.source, row.source_id) for row in left] == [("two", "b.txt")]
+    rows = lakehouse.read(spark, lake, BRONZE_DOCUMENTS).where("source = 'two'").collect()
+    assert [(row.license_declared, row.kind) for row in rows] == [("MIT", "code")]
+
+
+def test_ingest_unreadable_folder_heals(
+    spark: SparkSession, lake: str, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scandir = os.scandir
+
+    def refuse(path: str) -> Any:
+        if str(path).endswith("pkg"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "scandir", refuse)
+        ingest(spark, lake, source)
+    assert ("pkg", "unreadable") in quarantine(spark, lake)
+    ingest(spark, lake, source)
+    assert ("pkg", "unreadable") not in quarantine(spark, lake)
+
+
+def test_ingest_file_that_vanishes_is_quarantined(
+    spark: SparkSession, lake: str, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spread = stage._spread
+
+    def late(spark: SparkSession, entries: Any) -> Any:
+        (source / "README.md").unlink()
+        return spread(spark, entries)
+
+    monkeypatch.setattr(stage, "_spread", late)
+    ingest(spark, lake, source)
+    assert ("README.md", "unreadable") in quarantine(spark, lake)
+
+
+def test_ingest_leaves_the_lake_out_of_its_source(spark: SparkSession, source: Path) -> None:
+    lake = str(source / "lake")
+    first = ingest(spark, lake, source)
+    assert ingest(spark, lake, source).outputs == first.outputs
+
+
+def test_ingest_fails_where_counts_do_not_add_up(
+    spark: SparkSession, lake: str, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = stage._rows
+
+    def losing(*args: Any) -> Any:
+        return (row for row in rows(*args) if row[2] != "README.md")
+
+    # The executors' Python imports the module anew: what is lost must be lost in what is sent to them.
+    monkeypatch.setattr(stage, "_reader", lambda sources, limit: _losing_reader(sources, limit))
+    with pytest.raises(LakeError, match="lost count"):
+        ingest(spark, lake, source)
+    assert losing is not None
+    assert documents(spark, lake) == {}
+
+
+def _losing_reader(sources: Any, limit: int) -> Any:
+    whole = stage.__dict__["_batched"]
+    rows = stage.__dict__["_rows"]
+    schema, entry = stage._PATHS, stage.Entry
+
+    def read(batches: Any) -> Any:
+        for batch in batches:
+            for values in batch.select(schema.names).to_pylist():
+                found = rows(sources, entry(**values), limit)
+                yield from whole(row for row in found if row[2] != "README.md")
+
+    return read
+
+
+def test_ingest_without_input(spark: SparkSession, lake: str, tmp_path: Path) -> None:
+    (tmp_path / "empty" / ".git").mkdir(parents=True)
+    (tmp_path / "empty" / ".git" / "config").write_text("x")
+    for sources, words in (
+        ((tmp_path / "empty",), "no file to ingest"),
+        ((tmp_path / "no",), "does not exist"),
+        ((), "no"),
+    ):
+        with pytest.raises(LakeError, match=words) as error:
+            ingest(spark, lake, *sources)
+        assert error.value.exit_code == 2
+    assert not Path(lake).exists()
