@@ -7,6 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
+
+# A machine that is busy with Spark is no failure of a law.
+settings.register_profile("lakemoe", deadline=None)
+settings.load_profile("lakemoe")
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession

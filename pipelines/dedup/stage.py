@@ -13,32 +13,17 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field
 from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
 from pipelines import lake as tables_of
 from pipelines.dedup.components import connected_components
+from pipelines.dedup.config import DedupConfig
 from pipelines.dedup.shingles import lsh, shingle_sets
 from pipelines.lake import StageResult
 from pipelines.tables import SILVER_DOCUMENTS, SILVER_DUPLICATES, SILVER_MINHASH
 
 Batches = Iterator[pa.RecordBatch]
-
-
-class DedupConfig(BaseModel):
-    """Settings ``dedup.*``."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    threshold: float = Field(
-        0.8, ge=0, le=1, description="Jaccard similarity of shingle sets from which texts are near"
-    )
-    bands: int = Field(14, ge=1, description="LSH bands (count)")
-    rows: int = Field(8, ge=1, description="MinHash values a band (count)")
-    shingle: int = Field(5, ge=1, description="shingle length (words of text, tokens of code)")
-    bucket_limit: int = Field(1000, ge=2, description="texts of a bucket up to which all pairs are looked at (count)")
-    source_priority: tuple[str, ...] = Field((), description="sources whose copy is kept first, best first (names)")
 
 
 def run(spark: SparkSession, lake: str, config: DedupConfig, *, run_id: str) -> StageResult:

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from tokenizers import Tokenizer
@@ -21,6 +20,7 @@ from tokenizers import Tokenizer
 from pipelines import lake as tables_of
 from pipelines.errors import LakeError
 from pipelines.lake import StageResult
+from pipelines.pack.config import PackConfig
 from pipelines.pack.packing import Piece, best_fit, concat
 from pipelines.tables import END_OF_TEXT, GOLD_SEQUENCES, GOLD_TOKENS, PAD
 from pipelines.tokenize.train import chosen_tokenizer, tokenizer_json
@@ -29,19 +29,6 @@ from pipelines.tokenize.train import chosen_tokenizer, tokenizer_json
 SEQUENCES_A_GROUP = 128
 _BATCH = 1024
 _HASH_DIGITS = 12
-
-
-class PackConfig(BaseModel):
-    """Settings ``pack.*``."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    sequence_length: int = Field(2048, ge=2, description="length of a sequence (tokens)")
-    groups: int = Field(8, ge=1, description="hash groups a split and domain is packed in, at most (count)")
-    mode: Literal["best_fit", "concat"] = Field("best_fit", description="best_fit, or concat: cut through")
-    domain: Literal["kind", "source"] = Field("kind", description="the column that is a sequence's domain")
-    seed: int = Field(0, description="which documents share a group, and their order (number)")
-    tokenizer: str | None = Field(None, description="id of a tokenizer of the lake; the lake's own when not given")
 
 
 def run(spark: SparkSession, lake: str, config: PackConfig, *, run_id: str) -> StageResult:

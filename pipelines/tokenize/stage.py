@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field
 from pyspark.sql import Column, SparkSession
 from pyspark.sql import functions as F
 from tokenizers import Tokenizer
@@ -19,21 +18,13 @@ from tokenizers import Tokenizer
 from pipelines import lake as tables_of
 from pipelines.lake import StageResult
 from pipelines.tables import GOLD_TOKENS, SILVER_DOCUMENTS, SILVER_DUPLICATES
+from pipelines.tokenize.config import TokenizeConfig
 from pipelines.tokenize.train import chosen_tokenizer, kept_documents, tokenizer_json
 
 Batches = Iterator[pa.RecordBatch]
 # Texts that are encoded at a time (characters): encodings, far larger than their tokens, are held together.
 SLICE = 1 << 20
 _HASH_DIGITS = 12
-
-
-class TokenizeConfig(BaseModel):
-    """Settings ``tokenize.*``."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    tokenizer: str | None = Field(None, description="id of a tokenizer of the lake; the lake's own when not given")
-    validation_fraction: float = Field(0.01, ge=0, le=1, description="clusters that go to validation (fraction)")
 
 
 def run(spark: SparkSession, lake: str, config: TokenizeConfig, *, run_id: str) -> StageResult:

@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pyarrow.fs
-from pydantic import BaseModel, ConfigDict, Field
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -23,6 +22,7 @@ from pipelines import lake as tables_of
 from pipelines.errors import LakeError
 from pipelines.lake import StageResult
 from pipelines.tables import SILVER_DOCUMENTS, SILVER_DUPLICATES, SPECIAL_TOKENS, tokenizer_uri
+from pipelines.tokenize.config import TrainTokenizerConfig
 
 # cl100k_base's pattern (tiktoken, openai_public.py) without possessive quantifiers: words with one leading mark, digits
 # by three, runs of marks, line ends, and indentation apart from what it indents.
@@ -37,18 +37,6 @@ PATTERN = "|".join(
         r"\s+",
     )
 )
-SMALLEST = 256 + len(SPECIAL_TOKENS)
-
-
-class TrainTokenizerConfig(BaseModel):
-    """Settings ``train_tokenizer.*``."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    vocab_size: int = Field(8192, ge=SMALLEST, description="vocabulary, bytes and special tokens included (tokens)")
-    sample_bytes: int = Field(32 << 20, ge=1, description="text that it is trained on, at most (characters)")
-    seed: int = Field(0, description="which documents are sampled (number)")
-    retrain: bool = Field(False, description="train again where the lake has a tokenizer")
 
 
 def run(spark: SparkSession, lake: str, config: TrainTokenizerConfig, *, run_id: str) -> StageResult:

@@ -11,7 +11,8 @@ import pytest
 
 from pipelines import lake as tables_of
 from pipelines.dedup.components import connected_components
-from pipelines.dedup.stage import DedupConfig, run
+from pipelines.dedup.config import DedupConfig
+from pipelines.dedup.stage import run
 from pipelines.tables import SILVER_DOCUMENTS, SILVER_DUPLICATES, SILVER_MINHASH
 
 if TYPE_CHECKING:

@@ -12,13 +12,13 @@ from tokenizers import Tokenizer
 
 from pipelines import lake as tables_of
 from pipelines.errors import LakeError
-from pipelines.pack.stage import PackConfig
+from pipelines.pack.config import PackConfig
 from pipelines.pack.stage import run as pack
 from pipelines.tables import GOLD_SEQUENCES, GOLD_TOKENS, SILVER_DOCUMENTS, SILVER_DUPLICATES
-from pipelines.tokenize.stage import TokenizeConfig
+from pipelines.tokenize.config import TokenizeConfig, TrainTokenizerConfig
 from pipelines.tokenize.stage import run as tokenize
-from pipelines.tokenize.train import TrainTokenizerConfig, tokenizer_json
 from pipelines.tokenize.train import run as train_tokenizer
+from pipelines.tokenize.train import tokenizer_json
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession

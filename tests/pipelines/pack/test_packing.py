@@ -9,8 +9,9 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipelines.pack.config import PackConfig
 from pipelines.pack.packing import best_fit, concat
-from pipelines.pack.stage import PackConfig, Packer
+from pipelines.pack.stage import Packer
 
 LENGTHS = st.lists(st.integers(0, 40), max_size=30)
 END, PAD = 0, 1
