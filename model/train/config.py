@@ -16,7 +16,6 @@ class TrainConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    lake: str = Field("./lake", description="the lake's path or URI")
     name: str = Field("quickstart", description="the training's name, that of its output folder and MLflow run")
     preset: str = Field("quickstart", description="model preset, a file of conf/models without .yaml")
     overrides: dict[str, Any] = Field(
@@ -51,17 +50,17 @@ class TrainConfig(BaseModel):
     experiment: str = Field("lakemoe", description="MLflow experiment")
     tracking_uri: str | None = Field(None, description="MLflow tracking server (default: the lake's own)")
 
-    def output_folder(self) -> Path:
-        """Where checkpoints and metrics go: a local folder."""
+    def output_folder(self, lake: str) -> Path:
+        """Where checkpoints and metrics go: a local folder. Errors: ModelError (2) where the lake is none."""
         if self.output is not None:
             return Path(self.output)
-        if "://" in self.lake and not self.lake.startswith("file://"):
-            raise ModelError(f"The lake {self.lake} is no local folder; name a local output for the training.", 2)
-        return Path(self.lake.removeprefix("file://")) / "training" / self.name
+        if "://" in lake and not lake.startswith("file://"):
+            raise ModelError(f"The lake {lake} is no local folder; name a local output for the training.", 2)
+        return Path(lake.removeprefix("file://")) / "training" / self.name
 
     def identity(self) -> dict[str, Any]:
         """The fields that the weights depend on. The others may change between restarts."""
-        free = {"lake", "name", "output", "experiment", "tracking_uri", "device"}
+        free = {"name", "output", "experiment", "tracking_uri", "device"}
         free |= {"checkpoint_every", "keep_checkpoints", "log_every"}
         return self.model_dump(mode="json", exclude=free)
 

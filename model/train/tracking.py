@@ -9,11 +9,13 @@ Leaves out: system metrics, artifacts (the registry logs the model).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
@@ -38,6 +40,7 @@ class Tracking:
         try:
             # Down servers are asked for two minutes by default; the training need not wait that long.
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+            create_store(uri)
             self._client = MlflowClient(tracking_uri=uri)
             self.run_id = run_id or self._find(config, training_id) or self._create(config, training_id)
             self._client.update_run(self.run_id, status="RUNNING")
@@ -98,6 +101,25 @@ class Tracking:
             self._client.set_terminated(self.run_id, status=status)
         except (MlflowException, OSError):
             return  # the run's metrics are what matters; the next restart sets the status
+
+
+def create_store(uri: str) -> None:
+    """Make MLflow's SQLite file where it is absent, whole or not at all; nothing for another kind of store.
+
+    MLflow makes and migrates its tables one by one for seconds, and a file that a kill left half migrated can never be
+    opened again (3.17.2: "table already exists"). So it is made under another name and linked to its own.
+    """
+    file = Path(uri.removeprefix("sqlite:///"))
+    if not uri.startswith("sqlite:///") or file.exists():
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    for half in file.parent.glob(f".{file.name}.new-*"):
+        half.unlink(missing_ok=True)
+    made = file.with_name(f".{file.name}.new-{os.getpid()}")
+    MlflowClient(tracking_uri=f"sqlite:///{made}").search_experiments(max_results=1)
+    with contextlib.suppress(FileExistsError):  # another process was first: its file is as good
+        os.link(made, file)
+    made.unlink(missing_ok=True)
 
 
 def _metrics(line: dict[str, Any]) -> list[Metric]:

@@ -42,21 +42,21 @@ from pipelines.tables import tokenizer_uri
 CHECKPOINTS = "checkpoints"
 
 
-def train(config: TrainConfig) -> TrainSummary:
-    """Train, or go on training, or find it done.
+def train(lake: str, config: TrainConfig) -> TrainSummary:
+    """Train on a lake (its path or URI), or go on training, or find it done.
 
     Raises ModelError: 2 where the settings are wrong or differ from those that the output began with, 1 where the data
     cannot be read or the loss is not finite, 75 where running again goes on (SIGTERM, full disk, MLflow unreachable).
     """
-    output = config.output_folder()
+    output = config.output_folder(lake)
     with only_one(output):
         record = read_run(output)
         if record is not None:
             _same(config.identity(), record["settings"], output)
             if record.get("logged"):
                 return _summary(output, record)
-        snapshot = _open(config, record)
-        model_config = _model_config(config, snapshot)
+        snapshot = _open(lake, config, record)
+        model_config = _model_config(lake, config, snapshot)
         if record is None:
             record = {
                 "training_id": uuid.uuid4().hex,
@@ -71,7 +71,7 @@ def train(config: TrainConfig) -> TrainSummary:
         else:
             _same(model_config.model_dump(mode="json"), record["model"], output)
         journal = Journal(output)
-        uri = config.tracking_uri or default_tracking_uri(config.lake)
+        uri = config.tracking_uri or default_tracking_uri(lake)
         tracking = Tracking(config, uri, record["training_id"], record["mlflow_run_id"])
         if record["mlflow_run_id"] is None:
             tracking.describe(_parameters(config, model_config), record["data"])
@@ -98,14 +98,12 @@ def _summary(output: Path, record: dict[str, Any]) -> TrainSummary:
     return TrainSummary(**{**record["summary"], "checkpoint": str(folder)})
 
 
-def _open(config: TrainConfig, record: dict[str, Any] | None) -> Snapshot:
+def _open(lake: str, config: TrainConfig, record: dict[str, Any] | None) -> Snapshot:
     """The training's data: what it began with, else what the settings name, else the latest version."""
     if record is None:
-        return open_sequences(
-            config.lake, config.sequences_version, "train", config.tokenizer_id, config.sequence_length
-        )
+        return open_sequences(lake, config.sequences_version, "train", config.tokenizer_id, config.sequence_length)
     data = record["data"]
-    snapshot = open_sequences(config.lake, data["version"], "train", data["tokenizer_id"], data["sequence_length"])
+    snapshot = open_sequences(lake, data["version"], "train", data["tokenizer_id"], data["sequence_length"])
     if (snapshot.table_id, snapshot.content) != (data["table_id"], data["content"]):
         raise ModelError(
             f"{snapshot.uri} at version {snapshot.version} is not the table that this training began with; "
@@ -114,9 +112,9 @@ def _open(config: TrainConfig, record: dict[str, Any] | None) -> Snapshot:
     return snapshot
 
 
-def _model_config(config: TrainConfig, snapshot: Snapshot) -> ModelConfig:
+def _model_config(lake: str, config: TrainConfig, snapshot: Snapshot) -> ModelConfig:
     """The preset with its overrides and the vocabulary of the tokenizer that the data was made with."""
-    file = tokenizer_uri(config.lake.removeprefix("file://"), snapshot.tokenizer_id)
+    file = tokenizer_uri(lake.removeprefix("file://"), snapshot.tokenizer_id)
     try:
         vocabulary = Tokenizer.from_file(file).get_vocab_size(with_added_tokens=True)
     except Exception as error:  # tokenizers raises Exception itself

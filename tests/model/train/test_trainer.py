@@ -18,11 +18,27 @@ import torch
 from mlflow import MlflowClient
 
 from model.errors import ModelError
+from model.train import trainer
 from model.train.checkpoint import find_checkpoint, load_model
-from model.train.config import TrainConfig
-from model.train.trainer import train
+from model.train.config import TrainConfig, TrainSummary
 
 WriteSequences = Callable[..., str]
+
+
+class Case(TrainConfig):
+    """A training with the lake that it is on."""
+
+    lake: str
+
+    @property
+    def output_path(self) -> Path:
+        return self.output_folder(self.lake)
+
+
+def train(case: Case) -> TrainSummary:
+    return trainer.train(case.lake, TrainConfig(**case.model_dump(exclude={"lake"})))
+
+
 TINY = {
     "layers": 2,
     "width": 32,
@@ -44,36 +60,36 @@ def empty_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def settings(write_sequences: WriteSequences, tmp_path: Path, empty_mlflow: Path) -> Callable[..., TrainConfig]:
+def settings(write_sequences: WriteSequences, tmp_path: Path, empty_mlflow: Path) -> Callable[..., Case]:
     """settings(name="a", **fields) -> a training of a tiny model on the test's lake, 8 steps."""
     lake = write_sequences()
     shutil.copy(empty_mlflow, tmp_path / "mlflow.db")
 
-    def make(name: str = "a", **fields: Any) -> TrainConfig:
+    def make(name: str = "a", **fields: Any) -> Case:
         common = {"steps": 8, "global_batch_size": 4, "checkpoint_every": 3, "warmup_steps": 2, "device": "cpu"}
         uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-        return TrainConfig(**{"lake": lake, "name": name, "overrides": TINY, "tracking_uri": uri, **common, **fields})
+        return Case(**{"lake": lake, "name": name, "overrides": TINY, "tracking_uri": uri, **common, **fields})
 
     return make
 
 
-def _weights(config: TrainConfig) -> bytes:
-    folder = config.output_folder()
+def _weights(config: Case) -> bytes:
+    folder = config.output_path
     final = json.loads((folder / "run.json").read_text())["final"]
     return (folder / "checkpoints" / final / "model.safetensors").read_bytes()
 
 
-def _curve(config: TrainConfig) -> list[tuple[int, float, float, float]]:
-    lines = [json.loads(line) for line in (config.output_folder() / "metrics.jsonl").read_text().splitlines()]
+def _curve(config: Case) -> list[tuple[int, float, float, float]]:
+    lines = [json.loads(line) for line in (config.output_path / "metrics.jsonl").read_text().splitlines()]
     return [(m["step"], m["loss"], m["aux_loss"], m["gradient_norm"]) for m in lines]
 
 
-def _mlflow_curve(config: TrainConfig, run_id: str) -> list[tuple[int, float]]:
+def _mlflow_curve(config: Case, run_id: str) -> list[tuple[int, float]]:
     history = MlflowClient(tracking_uri=config.tracking_uri).get_metric_history(run_id, "loss")
     return [(m.step, m.value) for m in history]
 
 
-def _runs(config: TrainConfig) -> list[Any]:
+def _runs(config: Case) -> list[Any]:
     client = MlflowClient(tracking_uri=config.tracking_uri)
     experiment = client.get_experiment_by_name(config.experiment)
     assert experiment is not None
@@ -81,14 +97,14 @@ def _runs(config: TrainConfig) -> list[Any]:
     return [r for r in runs if r.info.run_name == config.name]
 
 
-def test_training_learns_logs_and_is_found_done(settings: Callable[..., TrainConfig]) -> None:
+def test_training_learns_logs_and_is_found_done(settings: Callable[..., Case]) -> None:
     config = settings(steps=30, learning_rate=1e-2, checkpoint_every=10)
     summary = train(config)
     curve = _curve(config)
     assert [c[0] for c in curve] == list(range(1, 31))
     assert curve[-1][1] < 0.75 * curve[0][1]
     assert (summary.step, summary.tokens, summary.final_loss) == (30, 30 * 4 * 32, curve[-1][1])
-    assert sorted(p.name for p in (config.output_folder() / "checkpoints").iterdir()) == ["step-000020", "step-000030"]
+    assert sorted(p.name for p in (config.output_path / "checkpoints").iterdir()) == ["step-000020", "step-000030"]
     model, manifest = load_model(summary.checkpoint)
     assert manifest["data"]["version"] == 0
     assert model.config.vocab_size == 261
@@ -107,7 +123,7 @@ def test_training_learns_logs_and_is_found_done(settings: Callable[..., TrainCon
 
 
 def test_equal_lakes_give_equal_curves_and_weights(
-    settings: Callable[..., TrainConfig], write_sequences: WriteSequences
+    settings: Callable[..., Case], write_sequences: WriteSequences
 ) -> None:
     first = settings()
     second = settings(lake=write_sequences("second", files=3, reverse=True))
@@ -117,7 +133,7 @@ def test_equal_lakes_give_equal_curves_and_weights(
     assert _weights(first) == _weights(second)
 
 
-def test_accumulated_gradients_are_the_batchs(settings: Callable[..., TrainConfig]) -> None:
+def test_accumulated_gradients_are_the_batchs(settings: Callable[..., Case]) -> None:
     whole, parts = settings("whole"), settings("parts", micro_batch_size=2)
     # Without the auxiliary loss, which is a micro-batch's own.
     whole, parts = (c.model_copy(update={"overrides": {**TINY, "balance_loss_weight": 0.0}}) for c in (whole, parts))
@@ -134,15 +150,16 @@ torch.set_num_threads(1)
 from model.errors import ModelError
 from model.train.config import TrainConfig
 from model.train.trainer import train
+settings = json.loads(sys.argv[1])
 try:
-    train(TrainConfig(**json.loads(sys.argv[1])))
+    train(settings.pop("lake"), TrainConfig(**settings))
 except ModelError as error:
     print(error)
     sys.exit(error.exit_code)
 """
 
 
-def _start(config: TrainConfig) -> subprocess.Popen[str]:
+def _start(config: Case) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", PROGRAM, config.model_dump_json()],
         stdout=subprocess.PIPE,
@@ -152,9 +169,9 @@ def _start(config: TrainConfig) -> subprocess.Popen[str]:
     )
 
 
-def _wait_for_step(config: TrainConfig, step: int, process: subprocess.Popen[str]) -> None:
+def _wait_for_step(config: Case, step: int, process: subprocess.Popen[str]) -> None:
     """Until the journal has ``step`` lines."""
-    journal = config.output_folder() / "metrics.jsonl"
+    journal = config.output_path / "metrics.jsonl"
     until = time.monotonic() + 120
     while not journal.exists() or journal.read_text().count("\n") < step:
         assert process.poll() is None, process.communicate()[0]
@@ -164,7 +181,7 @@ def _wait_for_step(config: TrainConfig, step: int, process: subprocess.Popen[str
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs POSIX signals")
-def test_sigkill_at_any_step_changes_nothing(settings: Callable[..., TrainConfig]) -> None:
+def test_sigkill_at_any_step_changes_nothing(settings: Callable[..., Case]) -> None:
     calm, killed = settings("calm", steps=40), settings("killed", steps=40)
     process = _start(calm)
     assert process.wait(timeout=120) == 0, process.communicate()[0]
@@ -182,7 +199,7 @@ def test_sigkill_at_any_step_changes_nothing(settings: Callable[..., TrainConfig
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_ends_with_75(settings: Callable[..., TrainConfig]) -> None:
+def test_sigterm_saves_and_ends_with_75(settings: Callable[..., Case]) -> None:
     config, calm = settings(steps=120, checkpoint_every=1000), settings("calm", steps=120, checkpoint_every=1000)
     process = _start(config)
     _wait_for_step(config, 5, process)
@@ -190,7 +207,7 @@ def test_sigterm_saves_and_ends_with_75(settings: Callable[..., TrainConfig]) ->
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 75, out
     assert "run again" in out
-    found, _ = find_checkpoint(config.output_folder() / "checkpoints")
+    found, _ = find_checkpoint(config.output_path / "checkpoints")
     assert found is not None
     assert 5 <= found.step < 120
     assert len(_curve(config)) == found.step
@@ -205,7 +222,7 @@ def test_sigterm_saves_and_ends_with_75(settings: Callable[..., TrainConfig]) ->
 
 
 def test_a_corrupt_checkpoint_falls_back_to_the_one_before(
-    settings: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+    settings: Callable[..., Case], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calm, config = settings("calm"), settings()
     train(calm)
@@ -213,7 +230,7 @@ def test_a_corrupt_checkpoint_falls_back_to_the_one_before(
     with pytest.raises(KeyboardInterrupt):
         train(config)
     monkeypatch.undo()
-    newest = config.output_folder() / "checkpoints" / "step-000006" / "model.safetensors"
+    newest = config.output_path / "checkpoints" / "step-000006" / "model.safetensors"
     content = bytearray(newest.read_bytes())
     content[-1] ^= 1
     newest.write_bytes(content)
@@ -227,7 +244,6 @@ def test_a_corrupt_checkpoint_falls_back_to_the_one_before(
 
 def _stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     """Interrupt a training before step number steps + 1."""
-    from model.train import trainer
 
     real = trainer._step
 
@@ -240,7 +256,7 @@ def _stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
 
 
 def test_a_full_disk_keeps_the_last_checkpoint_and_says_75(
-    settings: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+    settings: Callable[..., Case], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, calm = settings(), settings("calm")
     train(calm)
@@ -258,13 +274,13 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_says_75(
         train(config)
     assert refused.value.exit_code == 75
     monkeypatch.undo()
-    assert [p.name for p in (config.output_folder() / "checkpoints").iterdir()] == ["step-000003"]
+    assert [p.name for p in (config.output_path / "checkpoints").iterdir()] == ["step-000003"]
     train(config)
     assert _weights(config) == _weights(calm)
 
 
 def test_mlflow_down_while_training_is_caught_up(
-    settings: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+    settings: Callable[..., Case], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mlflow.exceptions import MlflowException
 
@@ -294,7 +310,7 @@ def test_mlflow_down_while_training_is_caught_up(
 
 
 def test_a_kill_between_making_the_mlflow_run_and_noting_it_makes_no_second(
-    settings: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
+    settings: Callable[..., Case], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from model.train.tracking import Tracking
 
@@ -310,9 +326,7 @@ def test_a_kill_between_making_the_mlflow_run_and_noting_it_makes_no_second(
     assert len(_runs(config)) == 1
 
 
-def test_what_cannot_go_on_is_refused_by_name(
-    settings: Callable[..., TrainConfig], write_sequences: WriteSequences
-) -> None:
+def test_what_cannot_go_on_is_refused_by_name(settings: Callable[..., Case], write_sequences: WriteSequences) -> None:
     config = settings(steps=3)
     train(config)
     with pytest.raises(ModelError, match=r"seed was 0 and is now 1") as refused:
@@ -325,12 +339,12 @@ def test_what_cannot_go_on_is_refused_by_name(
     # The version is pinned: what is appended later does not enter a training that began before.
     write_sequences(seed=1, mode="append")
     train(settings("d", sequences_version=0))
-    assert json.loads((settings("d").output_folder() / "run.json").read_text())["data"]["num_sequences"] == 24
+    assert json.loads((settings("d").output_path / "run.json").read_text())["data"]["num_sequences"] == 24
 
 
-def test_a_loss_that_is_not_finite_names_its_sequences(settings: Callable[..., TrainConfig]) -> None:
+def test_a_loss_that_is_not_finite_names_its_sequences(settings: Callable[..., Case]) -> None:
     config = settings(learning_rate=1e30, warmup_steps=0, overrides={**TINY, "qkv_clip": None})
     with pytest.raises(ModelError, match="not finite at step"):
         train(config)
-    bad = json.loads((config.output_folder() / "bad_batch.json").read_text())
+    bad = json.loads((config.output_path / "bad_batch.json").read_text())
     assert len(bad["sequence_ids"]) == 4
