@@ -5,6 +5,7 @@ Leaves out a registry apart from the tracking server.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -35,9 +36,29 @@ def tracking_uri(lake: str) -> str:
 def connect(lake: str, uri: str | None = None) -> MlflowClient:
     """Points this process's MLflow to the lake's store (or ``uri``) and gives a client to it."""
     uri = uri or tracking_uri(lake)
+    _create_store(uri)
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def _create_store(uri: str) -> None:
+    """Make MLflow's SQLite file where it is absent, whole or not at all; nothing for another kind of store.
+
+    MLflow makes and migrates its tables one by one for seconds, and a file that a kill left half migrated can never be
+    opened again (3.17.2: "table already exists"). So it is made under another name and linked to its own.
+    """
+    file = Path(uri.removeprefix("sqlite:///"))
+    if not uri.startswith("sqlite:///") or file.exists():
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    for half in file.parent.glob(f".{file.name}.new-*"):
+        half.unlink(missing_ok=True)
+    made = file.with_name(f".{file.name}.new-{os.getpid()}")
+    MlflowClient(tracking_uri=f"sqlite:///{made}").search_experiments(max_results=1)
+    with contextlib.suppress(FileExistsError):  # another process was first: its file is as good
+        os.link(made, file)
+    made.unlink(missing_ok=True)
 
 
 def experiment_id(client: MlflowClient, lake: str, name: str = EXPERIMENT) -> str:

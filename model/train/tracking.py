@@ -9,21 +9,19 @@ Leaves out: system metrics, artifacts (the registry logs the model).
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
-from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
 from model.errors import ModelError
+from model.registry.store import connect, experiment_id, tracking_uri
 from model.train.config import TrainConfig
 from model.train.journal import Journal
 
@@ -35,31 +33,27 @@ METRICS_A_CALL = 1000  # MLflow's limit
 class Tracking:
     """The training's MLflow run. Opening it raises ModelError (75) where the tracking server cannot be used."""
 
-    def __init__(self, config: TrainConfig, uri: str, training_id: str, run_id: str | None) -> None:
-        self.uri = uri
+    def __init__(self, lake: str, config: TrainConfig, training_id: str, run_id: str | None) -> None:
+        self.uri = config.tracking_uri or tracking_uri(lake)
         try:
             # Down servers are asked for two minutes by default; the training need not wait that long.
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-            create_store(uri)
-            self._client = MlflowClient(tracking_uri=uri)
-            self.run_id = run_id or self._find(config, training_id) or self._create(config, training_id)
+            self._client = connect(lake, self.uri)
+            self._experiment_id = experiment_id(self._client, lake, config.experiment)
+            self.run_id = run_id or self._find(training_id) or self._create(config, training_id)
             self._client.update_run(self.run_id, status="RUNNING")
         except (MlflowException, OSError) as error:
-            raise ModelError(f"MLflow at {uri} cannot be used ({error}); mend it and run again.", 75) from error
+            raise ModelError(f"MLflow at {self.uri} cannot be used ({error}); mend it and run again.", 75) from error
 
-    def _experiment(self, name: str) -> str:
-        found = self._client.get_experiment_by_name(name)
-        return str(found.experiment_id if found else self._client.create_experiment(name))
-
-    def _find(self, config: TrainConfig, training_id: str) -> str | None:
+    def _find(self, training_id: str) -> str | None:
         found = self._client.search_runs(
-            [self._experiment(config.experiment)], f"tags.`{TRAINING_TAG}` = '{training_id}'", max_results=1
+            [self._experiment_id], f"tags.`{TRAINING_TAG}` = '{training_id}'", max_results=1
         )
         return str(found[0].info.run_id) if found else None
 
     def _create(self, config: TrainConfig, training_id: str) -> str:
         tags = {TRAINING_TAG: training_id, "lakemoe.version": _code_version()}
-        run = self._client.create_run(self._experiment(config.experiment), run_name=config.name, tags=tags)
+        run = self._client.create_run(self._experiment_id, run_name=config.name, tags=tags)
         return str(run.info.run_id)
 
     def describe(self, parameters: dict[str, Any], data: dict[str, Any]) -> None:
@@ -103,25 +97,6 @@ class Tracking:
             return  # the run's metrics are what matters; the next restart sets the status
 
 
-def create_store(uri: str) -> None:
-    """Make MLflow's SQLite file where it is absent, whole or not at all; nothing for another kind of store.
-
-    MLflow makes and migrates its tables one by one for seconds, and a file that a kill left half migrated can never be
-    opened again (3.17.2: "table already exists"). So it is made under another name and linked to its own.
-    """
-    file = Path(uri.removeprefix("sqlite:///"))
-    if not uri.startswith("sqlite:///") or file.exists():
-        return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    for half in file.parent.glob(f".{file.name}.new-*"):
-        half.unlink(missing_ok=True)
-    made = file.with_name(f".{file.name}.new-{os.getpid()}")
-    MlflowClient(tracking_uri=f"sqlite:///{made}").search_experiments(max_results=1)
-    with contextlib.suppress(FileExistsError):  # another process was first: its file is as good
-        os.link(made, file)
-    made.unlink(missing_ok=True)
-
-
 def _metrics(line: dict[str, Any]) -> list[Metric]:
     numbers = {k: float(v) for k, v in line.items() if k not in ("step", "time") and isinstance(v, int | float)}
     for layer, value in enumerate(line.get("expert_load_max", ())):
@@ -147,8 +122,3 @@ def _code_version() -> str:
         return version("lakemoe")
     except PackageNotFoundError:
         return "unknown"
-
-
-def default_tracking_uri(lake: str) -> str:
-    """MLFLOW_TRACKING_URI where it is set, else a sqlite file in the lake's folder."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{lake.removeprefix('file://').rstrip('/')}/mlflow.db"

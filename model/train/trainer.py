@@ -36,7 +36,7 @@ from model.train.journal import Journal, load_metrics, only_one, read_run, write
 from model.train.loss import cross_entropy_sum
 from model.train.optimizer import build_optimizer, learning_rate, set_learning_rate
 from model.train.progress import TrainingProgress
-from model.train.tracking import Tracking, default_tracking_uri
+from model.train.tracking import Tracking
 from pipelines.tables import tokenizer_uri
 
 CHECKPOINTS = "checkpoints"
@@ -71,8 +71,7 @@ def train(lake: str, config: TrainConfig) -> TrainSummary:
         else:
             _same(model_config.model_dump(mode="json"), record["model"], output)
         journal = Journal(output)
-        uri = config.tracking_uri or default_tracking_uri(lake)
-        tracking = Tracking(config, uri, record["training_id"], record["mlflow_run_id"])
+        tracking = Tracking(lake, config, record["training_id"], record["mlflow_run_id"])
         if record["mlflow_run_id"] is None:
             tracking.describe(_parameters(config, model_config), record["data"])
             record["mlflow_run_id"] = tracking.run_id

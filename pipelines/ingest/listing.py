@@ -1,10 +1,11 @@
 """Which files a source holds: names only, listed on the driver, sorted, so that every run sees them in one order.
 
-Version-control folders, the lake's own folder and what `include` and `exclude` leave out are not part of a source. Files whose name says that they are compiled
-or media (`.pyc`, `.so`, `.png` ...) are no records: they are counted as skipped. Archives and compressed files of a
-kind that is not read are not on that list: they come in and are quarantined as `binary`, so that data in them is missed
-loudly. A folder below the source that cannot be listed is a record, `unreadable`. Links to files are followed, links to
-folders are not (they may lead round in a circle) and count as skipped.
+Version-control folders, the lake's own folder and what `include` and `exclude` leave out are not part of a source.
+Files whose name says that they are compiled or media (`.pyc`, `.so`, `.png` ...) are no records: they are counted as
+skipped. Archives and compressed files of a kind that is not read are not on that list: they come in and are quarantined
+as `binary`, so that data in them is missed loudly. A folder below the source that cannot be listed is a record,
+`unreadable`. Links to files are followed, links to folders are not (they may lead round in a circle) and count as
+skipped.
 """
 
 from __future__ import annotations
