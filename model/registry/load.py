@@ -57,13 +57,8 @@ def load(uri: str, *, lake: str = "./lake", device: str | torch.device = "cpu") 
 
     Errors: ModelError, where it is not there or its files are not whole.
     """
-    client = connect(lake)
-    version = resolve(client, uri)
-    try:
-        root = mlflow.artifacts.download_artifacts(artifact_uri=f"models:/{version.name}/{version.version}")
-    except (MlflowException, OSError) as error:
-        raise ModelError(f"The files of {uri} cannot be read ({error}); register it again.") from error
-    folder = Path(root) / "artifacts"
+    version = resolve(connect(lake), uri)
+    folder = download(uri, lake=lake)
     transformer, tokenizer, config = open_folder(folder, device)
     return LoadedModel(
         transformer=transformer,
@@ -75,8 +70,29 @@ def load(uri: str, *, lake: str = "./lake", device: str | torch.device = "cpu") 
     )
 
 
+def model_uri(name: str, version_or_alias: str) -> str:
+    """models:/NAME/VERSION for a number, models:/NAME@ALIAS for anything else."""
+    return f"models:/{name}{'/' if version_or_alias.isdigit() else '@'}{version_or_alias}"
+
+
+def download(uri: str, *, lake: str) -> Path:
+    """The folder with a version's files, those of LoadedModel. Errors: ModelError."""
+    version = resolve(connect(lake), uri)
+    try:
+        root = mlflow.artifacts.download_artifacts(artifact_uri=f"models:/{version.name}/{version.version}")
+    except (MlflowException, OSError) as error:
+        raise ModelError(f"The files of {uri} cannot be read ({error}); register it again.") from error
+    return Path(root) / "artifacts"
+
+
 def open_folder(folder: Path, device: str | torch.device = "cpu") -> tuple[Transformer, Tokenizer, ModelConfig]:
     """Network, tokenizer and configuration of a folder with the files of LoadedModel. Errors: ModelError."""
+    transformer, config = open_weights(folder, device)
+    return transformer, load_tokenizer(str(folder / TOKENIZER)), config
+
+
+def open_weights(folder: Path, device: str | torch.device = "cpu") -> tuple[Transformer, ModelConfig]:
+    """Network, in evaluation mode, and configuration of a folder with WEIGHTS and CONFIG, a checkpoint's too."""
     try:
         config = parse_config((folder / CONFIG).read_text(encoding="utf-8"), source=str(folder / CONFIG))
         # On meta first: the weights are neither initialised for nothing nor held twice.
@@ -85,4 +101,4 @@ def open_folder(folder: Path, device: str | torch.device = "cpu") -> tuple[Trans
         transformer.load_state_dict(load_file(folder / WEIGHTS, device=str(device)), assign=True)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ModelError(f"{folder} holds no whole model ({error}); register it again.") from error
-    return transformer.eval(), load_tokenizer(str(folder / TOKENIZER)), config
+    return transformer.eval(), config

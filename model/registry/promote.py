@@ -22,7 +22,7 @@ from mlflow.exceptions import MlflowException
 from pydantic import BaseModel, ConfigDict, Field
 
 from model.errors import ModelError
-from model.registry.load import resolve
+from model.registry.load import model_uri, resolve
 from model.registry.store import connect
 from model.registry.tables import read_rows
 from pipelines.tables import OPS_PROMOTIONS
@@ -70,14 +70,14 @@ def promote(
     config: PromotionConfig | None = None,
     requested_by: str | None = None,
 ) -> PromotionDecision:
-    """Asks the gate to make a version the champion.
+    """Asks the gate to make a version, by its number or an alias, the champion.
 
     held_out_loss gives the loss of a version (its number as text) in nats a token; it is asked for the candidate and,
     where there is one, the champion, and must measure both on the same data. The decision is written before the alias
     moves, so that a kill between the two is finished by the next call. Errors: ModelError.
     """
     client = connect(lake)
-    version = str(resolve(client, f"models:/{name}/{version}").version)
+    version = str(resolve(client, model_uri(name, version)).version)
     champion = champion_version(client, name)
     who = requested_by or os.environ.get("LAKEMOE_USER") or _user()
     now = datetime.now(UTC)

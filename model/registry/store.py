@@ -6,6 +6,7 @@ Leaves out a registry apart from the tracking server.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from pathlib import Path
 
@@ -36,6 +37,9 @@ def tracking_uri(lake: str) -> str:
 def connect(lake: str, uri: str | None = None) -> MlflowClient:
     """Points this process's MLflow to the lake's store (or ``uri``) and gives a client to it."""
     uri = uri or tracking_uri(lake)
+    # Migrations and the copying of files inside one machine are not worth a line each.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     _create_store(uri)
     mlflow.set_tracking_uri(uri)
     mlflow.set_registry_uri(uri)

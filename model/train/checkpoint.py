@@ -20,9 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from model.config import ModelConfig, dump_config, parse_config
+from model.config import ModelConfig, dump_config
 from model.errors import ModelError
-from model.network.transformer import Transformer
 
 MODEL, STATE_TENSORS, STATE = "model.safetensors", "training_state.safetensors", "training_state.json"
 CONFIG, MANIFEST = "config.yaml", "manifest.json"
@@ -131,15 +130,6 @@ def restore(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Opt
     torch.set_rng_state(tensors["random/cpu"])
     if "random/cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random/cuda"])
-
-
-def load_model(folder: str | Path, device: str | torch.device = "cpu") -> tuple[Transformer, dict[str, Any]]:
-    """The network of a checkpoint, in evaluation mode, and the checkpoint's manifest."""
-    checkpoint = read_checkpoint(Path(folder))
-    text = (checkpoint.folder / CONFIG).read_text(encoding="utf-8")
-    model = Transformer(parse_config(text, source=str(checkpoint.folder / CONFIG)))
-    model.load_state_dict(load_file(checkpoint.folder / MODEL))
-    return model.to(device).eval(), checkpoint.manifest
 
 
 def _training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -89,6 +89,14 @@ def train(lake: str, config: TrainConfig) -> TrainSummary:
         return _summary(output, record)
 
 
+def finished(output: Path) -> TrainSummary:
+    """The summary of a training that is done. Errors: ModelError (2) where none is in this folder."""
+    record = read_run(output)
+    if record is None or not record.get("logged"):
+        raise ModelError(f"{output} holds no finished training: run lakemoe train, or name another training.", 2)
+    return _summary(output, record)
+
+
 def _summary(output: Path, record: dict[str, Any]) -> TrainSummary:
     """Of a finished training, whose folder may have moved since."""
     folder = output / CHECKPOINTS / record["final"]

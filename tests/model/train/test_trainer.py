@@ -19,7 +19,8 @@ from mlflow import MlflowClient
 
 from model.errors import ModelError
 from model.train import trainer
-from model.train.checkpoint import find_checkpoint, load_model
+from model.registry.load import open_weights
+from model.train.checkpoint import find_checkpoint, read_checkpoint
 from model.train.config import TrainConfig, TrainSummary
 
 WriteSequences = Callable[..., str]
@@ -105,7 +106,8 @@ def test_training_learns_logs_and_is_found_done(settings: Callable[..., Case]) -
     assert curve[-1][1] < 0.75 * curve[0][1]
     assert (summary.step, summary.tokens, summary.final_loss) == (30, 30 * 4 * 32, curve[-1][1])
     assert sorted(p.name for p in (config.output_path / "checkpoints").iterdir()) == ["step-000020", "step-000030"]
-    model, manifest = load_model(summary.checkpoint)
+    model, _ = open_weights(Path(summary.checkpoint))
+    manifest = read_checkpoint(Path(summary.checkpoint)).manifest
     assert manifest["data"]["version"] == 0
     assert model.config.vocab_size == 261
     (run,) = _runs(config)
