@@ -1,15 +1,23 @@
 """The process's one Spark session: Delta configured, small-data defaults for local runs.
 
-A cluster's own session, where one is active, is used as it is.
+A cluster's own session, where one is active, is used as it is. What the JVM prints goes to a file: its start alone is
+a hundred lines that nobody who waits for a result wants to read. ``python -m pipelines.session`` starts and stops one,
+which fetches Delta's JARs.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from pyspark.sql import SparkSession
 
+from pipelines.errors import LakeError
 from pipelines.java import java_home
 
 
@@ -52,6 +60,38 @@ def spark_session(
         .config("spark.driver.extraJavaOptions", "-Dlog4j2.level=ERROR -Divy.message.logger.level=0")
         .config("spark.log.level", "ERROR")
     )
-    session = configure_spark_with_delta_pip(builder).getOrCreate()
+    with _standard_error_in_file() as log:
+        try:
+            session = configure_spark_with_delta_pip(builder).getOrCreate()
+        except Exception as error:
+            atexit.unregister(log.unlink)
+            raise LakeError(
+                f"Spark could not start ({_first_line(error)}); {log} says why, mend it and run again.", 75
+            ) from error
     session.sparkContext.setLogLevel("ERROR")
     return session
+
+
+@contextmanager
+def _standard_error_in_file() -> Iterator[Path]:
+    """Processes started in the body write their standard error to this file, removed when this process ends."""
+    handle, name = tempfile.mkstemp(prefix="lakemoe-spark-", suffix=".log")
+    log = Path(name)
+    atexit.register(log.unlink, missing_ok=True)
+    sys.stderr.flush()
+    own = os.dup(2)
+    try:
+        os.dup2(handle, 2)
+        yield log
+    finally:
+        os.dup2(own, 2)
+        os.close(own)
+        os.close(handle)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+if __name__ == "__main__":
+    spark_session().stop()

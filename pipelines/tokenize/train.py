@@ -45,7 +45,9 @@ def run(spark: SparkSession, lake: str, config: TrainTokenizerConfig, *, run_id:
     Raises LakeError when no accepted document has text.
     """
     if not config.retrain and (found := default_tokenizer(lake)):
-        return StageResult(job="train_tokenizer", counts={"trained": 0, "vocabulary": _size(lake, found)})
+        return StageResult(
+            job="train-tokenizer", counts={"trained": 0, "vocabulary": _size(lake, found)}, unchanged=True
+        )
     inputs = {t.name: tables_of.version(spark, lake, t) for t in (SILVER_DOCUMENTS, SILVER_DUPLICATES)}
     sample = Sample(kept_documents(spark, lake, inputs), config)
     trained = train(sample, config.vocab_size)
@@ -61,7 +63,7 @@ def run(spark: SparkSession, lake: str, config: TrainTokenizerConfig, *, run_id:
         "characters": sample.characters,
     }
     read = {name: version for name, version in inputs.items() if version is not None}
-    return StageResult(job="train_tokenizer", counts=counts, inputs=read)
+    return StageResult(job="train-tokenizer", counts=counts, inputs=read)
 
 
 def kept_documents(spark: SparkSession, lake: str, versions: dict[str, int | None]) -> DataFrame:
