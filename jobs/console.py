@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -28,9 +28,23 @@ def working(what: str) -> Iterator[None]:
     out.print(f"  {what}: {time.monotonic() - start:.1f} s", markup=False, style="dim")
 
 
+@contextmanager
+def counting(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A function to call with how much is done and how much there is: a bar on a terminal, else a line at the end."""
+    if out.is_terminal:
+        from rich.progress import Progress
+
+        with Progress(console=out, transient=True) as bar:
+            task = bar.add_task(what, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+    else:
+        out.print(f"{what} ...", markup=False)
+        yield lambda done, total: out.print(f"  {what}: {done:,} {unit}", markup=False) if done == total else None
+
+
 def done(job: str, status: str, counts: dict[str, int]) -> None:
-    """One line: the job, how it ended, what it counted."""
-    counted = ", ".join(f"{name} {value:,}" for name, value in counts.items())
+    """One line: the job, how it ended, what it counted (breakdowns, ``total.part``, are left to the report)."""
+    counted = ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in counts.items() if "." not in name)
     out.print(f"{job}: {status}" + (f" ({counted})" if counted else ""), markup=False)
 
 

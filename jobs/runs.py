@@ -10,6 +10,9 @@ import json
 import secrets
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -19,6 +22,7 @@ import pyarrow as pa
 from deltalake import DeltaTable, write_deltalake
 from deltalake.exceptions import TableNotFoundError
 
+from jobs import console
 from pipelines.tables import OPS_RUNS, TABLES, table_uri
 
 
@@ -46,32 +50,55 @@ def table_version(lake: str, name: str) -> int | None:
         return None
 
 
-def record(
-    lake: str,
-    *,
-    run_id: str,
-    job: str,
-    started_at: datetime,
-    status: str,
-    configuration: dict[str, Any],
-    inputs: dict[str, int],
-    outputs: dict[str, int],
-    counts: dict[str, int],
-    mlflow_run_id: str | None = None,
-) -> None:
-    """Append the run's row."""
+@dataclass
+class Run:
+    """A run that is under way; the job fills it in."""
+
+    run_id: str
+    started_at: datetime
+    status: str = "succeeded"
+    inputs: dict[str, int] = field(default_factory=dict)
+    outputs: dict[str, int] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    mlflow_run_id: str | None = None
+
+
+@contextmanager
+def recorded(lake: str, job: str, configuration: dict[str, Any]) -> Iterator[Run]:
+    """Record what happens in the body as one row: as the body left the run, or as failed where it raised."""
+    run = Run(new_run_id(), datetime.now(UTC))
+    try:
+        yield run
+    except BaseException:
+        run.status = "failed"
+        # What failed is history too; a full disk must not hide the first error behind a second one. But a wrong path
+        # must not become a lake.
+        try:
+            if _is_lake(lake):
+                _append(lake, job, configuration, run)
+        except Exception as error:
+            console.warn(f"ops.runs could not be written: {error}")
+        raise
+    _append(lake, job, configuration, run)
+
+
+def _is_lake(lake: str) -> bool:
+    return any(table_version(lake, name) is not None for name in TABLES)
+
+
+def _append(lake: str, job: str, configuration: dict[str, Any], run: Run) -> None:
     row = {
-        "run_id": run_id,
+        "run_id": run.run_id,
         "job": job,
-        "started_at": started_at,
+        "started_at": run.started_at,
         "ended_at": datetime.now(UTC),
-        "status": status,
+        "status": run.status,
         "code_version": code_version(),
         "configuration": json.dumps(configuration, sort_keys=True, default=str),
-        "inputs": [{"table": t, "version": v} for t, v in sorted(inputs.items())],
-        "outputs": [{"table": t, "version": v} for t, v in sorted(outputs.items())],
-        "counts": sorted(counts.items()),
-        "mlflow_run_id": mlflow_run_id,
+        "inputs": [{"table": t, "version": v} for t, v in sorted(run.inputs.items())],
+        "outputs": [{"table": t, "version": v} for t, v in sorted(run.outputs.items())],
+        "counts": sorted(run.counts.items()),
+        "mlflow_run_id": run.mlflow_run_id,
     }
     # Nullability is the table's rule; deltalake compares field for field, comments aside.
     schema = pa.schema([pa.field(f.name, f.type, f.nullable) for f in OPS_RUNS.schema])
