@@ -46,6 +46,17 @@ def _activate(h, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def _multiply(
+    acc, a_ptr, b_ptr, start, row_mask, col_mask, DEPTH, a_depth, b_depth, BK: tl.constexpr, PRECISION: tl.constexpr
+):
+    """acc plus the product of BK columns of a, from ``start`` on, with those rows of b."""
+    d = start + tl.arange(0, BK)
+    a_tile = tl.load(a_ptr + d.to(tl.int64)[None, :] * a_depth, row_mask[:, None] & (d < DEPTH)[None, :], other=0.0)
+    b_tile = tl.load(b_ptr + d.to(tl.int64)[:, None] * b_depth, (d < DEPTH)[:, None] & col_mask[None, :], other=0.0)
+    return tl.dot(a_tile, b_tile, acc, input_precision=PRECISION)
+
+
+@triton.jit
 def _accumulate(
     acc, a, b, row, row_mask, col, expert, COLS, DEPTH, a_row, a_depth, b_expert, b_col, b_depth,
     BK: tl.constexpr, PRECISION: tl.constexpr,
@@ -53,13 +64,17 @@ def _accumulate(
     """acc[i, j] += sum over d of a[row_i, d] * b[expert, col_j, d]; what lies past a mask counts as zero."""
     a_ptr = a + row.to(tl.int64)[:, None] * a_row
     b_ptr = b + expert.to(tl.int64) * b_expert + col.to(tl.int64)[None, :] * b_col
-    for start in range(0, DEPTH, BK):
-        d = start + tl.arange(0, BK)
-        a_tile = tl.load(a_ptr + d.to(tl.int64)[None, :] * a_depth, row_mask[:, None] & (d < DEPTH)[None, :], other=0.0)
-        b_tile = tl.load(
-            b_ptr + d.to(tl.int64)[:, None] * b_depth, (d < DEPTH)[:, None] & (col < COLS)[None, :], other=0.0
-        )
-        acc = tl.dot(a_tile, b_tile, acc, input_precision=PRECISION)
+    col_mask = col < COLS
+    if a.dtype.element_ty == tl.float32:
+        # In runs: one long float32 sum rounds by its length, and the unfused products' blocked sums do not.
+        for first in range(0, DEPTH, 8 * BK):
+            part = tl.zeros_like(acc)
+            for start in range(first, tl.minimum(first + 8 * BK, DEPTH), BK):
+                part = _multiply(part, a_ptr, b_ptr, start, row_mask, col_mask, DEPTH, a_depth, b_depth, BK, PRECISION)
+            acc += part
+    else:
+        for start in range(0, DEPTH, BK):
+            acc = _multiply(acc, a_ptr, b_ptr, start, row_mask, col_mask, DEPTH, a_depth, b_depth, BK, PRECISION)
     return acc
 
 
@@ -99,6 +114,21 @@ def _rows_kernel(
 
 
 @triton.jit
+def _multiply_rows(
+    acc, left, right, order, start, end, f, d, F, D, top_k, right_row, right_col,
+    BN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc plus the outer products of BN rows, from ``start`` on; rows from ``end`` on count as zero."""
+    n = start + tl.arange(0, BN)
+    token = tl.load(order + n, n < end, other=0) // top_k
+    l_ptr = left + n.to(tl.int64)[None, :] * F + f[:, None]
+    l_tile = tl.load(l_ptr, (n < end)[None, :] & (f < F)[:, None], other=0.0)
+    r_ptr = right + token.to(tl.int64)[:, None] * right_row + d.to(tl.int64)[None, :] * right_col
+    r_tile = tl.load(r_ptr, (n < end)[:, None] & (d < D)[None, :], other=0.0)
+    return tl.dot(l_tile, r_tile, acc, input_precision=PRECISION)
+
+
+@triton.jit
 def _weights_kernel(
     left, right, dw, order, offsets, F, D, top_k, right_row, right_col,
     BF: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
@@ -108,16 +138,22 @@ def _weights_kernel(
     expert = tl.program_id(1)
     f = (pid // tl.cdiv(D, BD)) * BF + tl.arange(0, BF)
     d = (pid % tl.cdiv(D, BD)) * BD + tl.arange(0, BD)
+    begin = tl.load(offsets + expert)
     end = tl.load(offsets + expert + 1)
     acc = tl.zeros((BF, BD), tl.float32)
-    for start in range(tl.load(offsets + expert), end, BN):
-        n = start + tl.arange(0, BN)
-        token = tl.load(order + n, n < end, other=0) // top_k
-        l_ptr = left + n.to(tl.int64)[None, :] * F + f[:, None]
-        l_tile = tl.load(l_ptr, (n < end)[None, :] & (f < F)[:, None], other=0.0)
-        r_ptr = right + token.to(tl.int64)[:, None] * right_row + d.to(tl.int64)[None, :] * right_col
-        r_tile = tl.load(r_ptr, (n < end)[:, None] & (d < D)[None, :], other=0.0)
-        acc = tl.dot(l_tile, r_tile, acc, input_precision=PRECISION)
+    if left.dtype.element_ty == tl.float32:
+        for first in range(begin, end, 8 * BN):  # in runs, as _accumulate's sums
+            part = tl.zeros_like(acc)
+            for start in range(first, tl.minimum(first + 8 * BN, end), BN):
+                part = _multiply_rows(
+                    part, left, right, order, start, end, f, d, F, D, top_k, right_row, right_col, BN, PRECISION
+                )
+            acc += part
+    else:
+        for start in range(begin, end, BN):
+            acc = _multiply_rows(
+                acc, left, right, order, start, end, f, d, F, D, top_k, right_row, right_col, BN, PRECISION
+            )
     dw_ptr = dw + (expert.to(tl.int64) * F + f.to(tl.int64)[:, None]) * D + d[None, :]
     tl.store(dw_ptr, acc.to(dw.dtype.element_ty), (f < F)[:, None] & (d < D)[None, :])
 

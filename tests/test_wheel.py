@@ -29,7 +29,8 @@ def test_the_wheel_installs_and_runs_alone(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("lakemoe-*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert not [n for n in names if n.count("/") == 1 and n.endswith("__init__.py")], "rooms are namespace packages"
-    assert "conf/models/dbrx.yaml" in names
+    data = {"conf/models/dbrx.yaml", "conf/clean.yaml", "conf/quickstart.yaml", "pipelines/report/page.html.jinja"}
+    assert data <= set(names)
     assert not [n for n in names if n.startswith(("tests/", "benchmarks/", "notebooks/"))]
     run(uv, "venv", "--quiet", "--python", sys.executable, tmp_path / "env", cwd=tmp_path)
     python = tmp_path / "env" / "bin" / "python"

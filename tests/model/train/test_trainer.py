@@ -18,8 +18,8 @@ import torch
 from mlflow import MlflowClient
 
 from model.errors import ModelError
-from model.train import trainer
 from model.registry.load import open_weights
+from model.train import trainer
 from model.train.checkpoint import find_checkpoint, read_checkpoint
 from model.train.config import TrainConfig, TrainSummary
 
