@@ -31,7 +31,7 @@ quickstart: $(STAMP) ## install, then run the whole way on real input
 lint: $(STAMP) ## ruff, mypy and the import contracts
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/mypy kernels pipelines model jobs
+	@$(BIN)/mypy kernels pipelines model jobs benchmarks
 	@PYTHONPATH=. $(BIN)/lint-imports --no-logo
 
 test: $(STAMP) lint ## install, lint and run every test
