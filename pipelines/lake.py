@@ -86,6 +86,7 @@ def ensure(spark: SparkSession, lake: str, table: Table) -> None:
             )
         _add_constraints(spark, lake, table)
         return
+    _remove_log_without_commit(spark, uri)
     builder = DeltaTable.createIfNotExists(spark).location(uri).addColumns(wanted).comment(table.comment)
     for key, value in table.table_properties.items():
         builder = builder.property(key, value)
@@ -93,6 +94,16 @@ def ensure(spark: SparkSession, lake: str, table: Table) -> None:
         builder = builder.partitionedBy(*table.partition_by)
     builder.execute()
     _add_constraints(spark, lake, table)
+
+
+def _remove_log_without_commit(spark: SparkSession, uri: str) -> None:
+    """Remove the folder that a kill left between making the log and its first commit: Delta cannot create there."""
+    jvm, context = spark._jvm, spark.sparkContext
+    assert jvm is not None
+    log = jvm.org.apache.hadoop.fs.Path(f"{uri}/_delta_log")
+    files = log.getFileSystem(context._jsc.hadoopConfiguration())
+    if files.exists(log) and not any(s.getPath().getName().endswith(".json") for s in files.listStatus(log)):
+        files.delete(log, True)
 
 
 def _add_constraints(spark: SparkSession, lake: str, table: Table) -> None:

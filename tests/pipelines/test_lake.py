@@ -53,3 +53,10 @@ def test_sync_leaves_rows_outside_the_scope(spark: SparkSession, lake: str) -> N
 def test_a_missing_table_is_named(spark: SparkSession, lake: str) -> None:
     with pytest.raises(LakeError, match=r"silver.duplicates is not in"):
         lakes.read(spark, lake, SILVER_DUPLICATES)
+
+
+def test_a_kill_before_the_first_commit_leaves_nothing_in_the_way(spark: SparkSession, lake: str) -> None:
+    Path(SILVER_DUPLICATES.uri(lake), "_delta_log").mkdir(parents=True)
+    assert not lakes.exists(spark, lake, SILVER_DUPLICATES)
+    lakes.ensure(spark, lake, SILVER_DUPLICATES)
+    assert lakes.version(spark, lake, SILVER_DUPLICATES) is not None
