@@ -25,6 +25,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from pyspark.sql import functions as F
 
 from jobs.quickstart import default_sources
 from jobs.stages import run_stage
@@ -119,10 +120,10 @@ plt.show()
 # %%
 spark = spark_session()
 silver = read(spark, lake, SILVER_DOCUMENTS)
-worst = silver.where("size(rejected_by) > 0").orderBy("rejected_by", "document_id").selectExpr(
-    "source_id", "array_join(rejected_by, ', ') AS rejected_by", "substring(text, 1, 60) AS begins", "size(rejected_by) AS rules"
+worst = silver.selectExpr(
+    "source_id", "size(rejected_by) AS rules", "array_join(rejected_by, ', ') AS rejected_by", "substring(text, 1, 60) AS begins"
 )
-worst.orderBy("rules", "source_id", ascending=[False, True]).limit(5).toPandas()
+worst.where("rules > 0").orderBy("rules", "source_id", ascending=[False, True]).limit(5).toPandas()
 
 # %% [markdown]
 # ## Tokens
@@ -140,16 +141,15 @@ edges = [2**n for n in range(21)]
 of_kind = {kind: of.token_count for kind, of in tokens.groupby("kind")}
 axes.hist(list(of_kind.values()), bins=edges, stacked=True, label=list(of_kind), color=["tab:blue", "tab:orange"][: len(of_kind)])
 axes.axvline(sequence_length, color="black", linewidth=1, linestyle="--", label="one sequence")
-axes.set(xscale="log", xlim=(max(1, tokens.token_count.min()), 2 * tokens.token_count.max()), xlabel="tokens in a document", ylabel="documents")
+axes.set(title="Lengths of documents", xscale="log", xlim=(max(1, tokens.token_count.min()), 2 * tokens.token_count.max()), xlabel="tokens in a document", ylabel="documents")
 axes.spines[["top", "right"]].set_visible(False)
 axes.legend(frameon=False)
 plt.show()
 
 # %%
 sequences = read(spark, lake, GOLD_SEQUENCES).where(f"sequence_length = {sequence_length}")
-sequences.groupBy("split", "domain").agg({"sequence_id": "count", "pad_count": "sum"}).orderBy("split", "domain").toPandas().set_axis(
-    ["split", "domain", "sequences", "padding (tokens)"], axis="columns"
-)
+packed = sequences.groupBy("split", "domain").agg(F.count("*").alias("sequences"), F.sum("pad_count").alias("padding"))
+packed.orderBy("split", "domain").toPandas().set_index(["split", "domain"]).style.format("{:,}")
 
 # %% [markdown]
 # ## Train
@@ -177,12 +177,13 @@ print(f"{training.tokens:,} tokens in {training.seconds:.0f} s; checkpoint {trai
 
 # %%
 curve = pd.DataFrame(Journal(settings.output_folder(lake)).lines()).set_index("step")
+window = max(1, steps // 10)  # steps that a smoothed value is the mean of
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained")
 left.plot(curve.loss, color="tab:blue", alpha=0.3, linewidth=1, label="step")
-left.plot(curve.loss.ewm(span=20).mean(), color="tab:blue", label="smoothed")
+left.plot(curve.loss.rolling(window, center=True, min_periods=1).mean(), color="tab:blue", label="smoothed")
 left.set(title="Training loss", xlabel="step", ylabel="nats a token")
 left.legend(frameon=False)
-load_of_layers = pd.DataFrame(curve.expert_load_max.tolist(), index=curve.index).ewm(span=20).mean()
+load_of_layers = pd.DataFrame(curve.expert_load_max.tolist(), index=curve.index).rolling(window, center=True, min_periods=1).mean()
 right.plot(load_of_layers, label=[f"layer {n}" for n in load_of_layers.columns])
 right.axhline(1, color="black", linewidth=1, linestyle="--")
 right.set(title="Fullest expert over the mean, smoothed", xlabel="step", ylim=(0, None))
