@@ -9,6 +9,7 @@ deletion vectors, no column mapping (Delta protocol, "Reader Version Requirement
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 
 import pyarrow as pa
@@ -52,7 +53,7 @@ class Table:
     properties: dict[str, str] = field(default_factory=dict)
 
     def uri(self, lake: str) -> str:
-        """Where the table lies: the lake's URI and the name with ``/`` for ``.``."""
+        """Where the table lies: the lake's URI or absolute path and the name with ``/`` for ``.``."""
         return table_uri(lake, self.name)
 
     @property
@@ -68,8 +69,12 @@ class Table:
 
 
 def table_uri(lake: str, name: str) -> str:
-    """``./lake`` and ``gold.tokens`` give ``./lake/gold/tokens``."""
-    return lake.rstrip("/") + "/" + name.replace(".", "/")
+    """``/data/lake`` and ``gold.tokens`` give ``/data/lake/gold/tokens``; a relative path is made absolute.
+
+    Spark SQL takes a path for a table only where it is absolute, and a JVM does not follow this process's chdir.
+    """
+    base = lake if "://" in lake else os.path.abspath(lake)
+    return base.rstrip("/") + "/" + name.replace(".", "/")
 
 
 def tokenizer_uri(lake: str, tokenizer_id: str) -> str:

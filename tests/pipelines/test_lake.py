@@ -60,3 +60,15 @@ def test_a_kill_before_the_first_commit_leaves_nothing_in_the_way(spark: SparkSe
     assert not lakes.exists(spark, lake, SILVER_DUPLICATES)
     lakes.ensure(spark, lake, SILVER_DUPLICATES)
     assert lakes.version(spark, lake, SILVER_DUPLICATES) is not None
+
+
+@pytest.mark.parametrize("name", ["./lake", "lake", "a b/lake"])
+def test_a_lake_may_be_a_relative_path(
+    spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lakes.ensure(spark, name, SILVER_DUPLICATES)
+    change = lakes.sync(spark, name, SILVER_DUPLICATES, spark.createDataFrame([("a", "a", "exact", 1.0, True)], SCHEMA))
+    assert change.inserted == 1
+    assert lakes.read(spark, name, SILVER_DUPLICATES).count() == 1
+    assert (tmp_path / name / "silver" / "duplicates" / "_delta_log").is_dir()
