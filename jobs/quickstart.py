@@ -22,7 +22,7 @@ from model.network.generate import SamplingConfig, generate
 from model.registry.load import load
 from model.registry.promote import CHALLENGER, CHAMPION, PromotionConfig
 from model.train.config import TrainConfig
-from pipelines.ingest.config import IngestConfig, SourceConfig
+from pipelines.ingest.config import SourceConfig
 
 TEXT = ("md", "rst", "txt")
 TEXT_NAMES = ("README*", "METADATA", "LICEN[CS]E*", "COPYING*", "NOTICE*", "AUTHORS*", "CHANGE*", "HISTORY*")
@@ -66,7 +66,7 @@ def default_sources() -> tuple[SourceConfig, ...]:
 def run(settings: Settings) -> None:
     start, lake = time.monotonic(), settings.lake
     if not settings.source and not settings.ingest.sources:
-        ingest = IngestConfig(**{**settings.ingest.model_dump(), "sources": default_sources()})
+        ingest = settings.ingest.model_copy(update={"sources": default_sources()})
         settings = settings.model_copy(update={"ingest": ingest})
     counts = pipeline.run_stages(settings)
     training = train.run_training(lake, settings.train)

@@ -106,13 +106,14 @@ def evaluate_folder(
     data, weights = data or manifest["data"], str(manifest["files"][WEIGHTS]["sha256"])
     edition = (data["tokenizer_id"], data["sequence_length"])
     held_out = open_sequences(lake, data["version"], "validation", *edition)
-    train = open_sequences(lake, data["version"], "train", *edition)
-    named = {"format": FORMAT, "weights": weights, "held_out": held_out.content, "train": train.content}
+    # The description is the training split's, so its content is known before it is opened.
+    named = {"format": FORMAT, "weights": weights, "held_out": held_out.content, "train": data["content"]}
     named["baseline_sequences"] = str(config.baseline_sequences)
     key = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
     file = lake_folder(lake) / "evaluations" / f"{key}.json"
     if file.exists():
         return _parsed(json.loads(file.read_text(encoding="utf-8")))
+    train = open_sequences(lake, data["version"], "train", *edition)
     model, _ = open_weights(folder, device)
     tokenizer = load_tokenizer(tokenizer_uri(lake.removeprefix("file://"), data["tokenizer_id"]))
     evaluation = evaluate(model, tokenizer, held_out, train, config, weights_sha256=weights, progress=progress)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import BaseModel, ConfigDict, Field
+
+from model.device import DeviceName
 
 
 class ServeConfig(BaseModel):
@@ -18,9 +18,7 @@ class ServeConfig(BaseModel):
         description="address to listen on; there is no access control yet, so others than loopback are open to all",
     )
     port: int = Field(default=8000, ge=0, le=65535, description="TCP port; 0 takes a free one")
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto", description="where the model computes; auto is cuda where there is one"
-    )
+    device: DeviceName = Field(default="auto", description="where the model computes; auto is cuda where there is one")
     queue: int = Field(
         default=32, ge=0, description="most requests that wait beside the one that runs; more are told 429 (requests)"
     )

@@ -8,15 +8,8 @@ order, then ``license.CLASS`` where the policy does not admit the licence's clas
 from __future__ import annotations
 
 from pipelines.clean.config import CleanConfig, Rule
+from pipelines.sql import literal, literals
 from pipelines.tables import LICENSE_CLASSES
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
-def _listed(values: tuple[str, ...]) -> str:
-    return ", ".join(map(_quoted, values))
 
 
 def condition(rule: Rule) -> str:
@@ -27,18 +20,18 @@ def condition(rule: Rule) -> str:
         outside.append(f"{value} < {rule.min!r}D")
     if rule.max is not None:
         outside.append(f"{value} > {rule.max!r}D")
-    parts = [f"kind = {_quoted(rule.kind)}", "(" + " OR ".join(outside) + ")"]
+    parts = [f"kind = {literal(rule.kind)}", "(" + " OR ".join(outside) + ")"]
     language = "language" if rule.kind == "text" else "code_language"
     if rule.languages:
-        parts.append(f"{language} IN ({_listed(rule.languages)})")
+        parts.append(f"{language} IN ({literals(rule.languages)})")
     if rule.except_languages:
-        parts.append(f"coalesce({language} NOT IN ({_listed(rule.except_languages)}), true)")
+        parts.append(f"coalesce({language} NOT IN ({literals(rule.except_languages)}), true)")
     return f"coalesce({' AND '.join(parts)}, false)"
 
 
 def rejected_by(config: CleanConfig) -> str:
     """SQL for the array of the names of every rule that rejects the document; empty: accepted."""
-    entries = [f"IF({condition(rule)}, {_quoted(rule.name)}, NULL)" for rule in config.rules]
+    entries = [f"IF({condition(rule)}, {literal(rule.name)}, NULL)" for rule in config.rules]
     for kind, admitted in sorted(config.admitted_licenses.items()):
         entries += [
             f"IF(kind = '{kind}' AND license_class = '{refused}', 'license.{refused}', NULL)"

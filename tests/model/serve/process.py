@@ -20,13 +20,13 @@ import openai
 import pytest
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from model.config import ModelConfig, dump_config
 from model.network.transformer import Transformer
 from model.registry.register import register
 from model.registry.store import connect
-from pipelines.tables import SPECIAL_TOKENS, tokenizer_uri
+from pipelines.tables import tokenizer_uri
+from tests.model.conftest import byte_tokenizer
 
 ROOT = Path(__file__).parents[3]
 NAME = "small"
@@ -37,12 +37,8 @@ DEADLINE = 120  # seconds after which a test that waits has failed
 def make_lake(root: Path) -> str:
     """A lake whose registry holds the model ``small``, version 1, with the alias champion."""
     lake = root / "lake"
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer = byte_tokenizer()
+    vocabulary = tokenizer.get_vocab()
     tokenizer_id = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
     file = Path(tokenizer_uri(str(lake), tokenizer_id))
     file.parent.mkdir(parents=True)
