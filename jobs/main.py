@@ -18,14 +18,23 @@ from jobs.catalog import JOBS
 
 OK, FAILED, USAGE, TRY_AGAIN = 0, 1, 2, 75
 # Another try helps when the machine, not the input, was at fault.
-_TRY_AGAIN_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EAGAIN, errno.ETIMEDOUT, errno.ECONNREFUSED, errno.ECONNRESET}
+_TRY_AGAIN_ERRNOS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EAGAIN,
+    errno.ETIMEDOUT,
+    errno.ECONNREFUSED,
+    errno.ECONNRESET,
+}
+_FULL_DISK = ("No space left on device", "Disk quota exceeded", "File too large")
 
 
 def usage() -> str:
     """What ``lakemoe --help`` prints."""
     width = max(map(len, JOBS))
     lines = [f"  {name:<{width}}  {job.help}" for name, job in JOBS.items()]
-    head = "usage: lakemoe JOB [--lake URI] [--config FILE] [--SECTION.KEY VALUE ...]"
+    head = "usage: lakemoe JOB [--lake PATH] [--config FILE] [--SECTION.KEY VALUE ...]"
     tail = "lakemoe JOB --help lists a job's settings with their units and defaults."
     return "\n".join([head, "", "jobs:", *lines, "", tail])
 
@@ -71,7 +80,12 @@ def explain(error: BaseException, job: str) -> tuple[str, int]:
     code = getattr(error, "exit_code", None)
     if isinstance(code, int):
         return str(error), code
-    if "No space left on device" in str(error) or (isinstance(error, OSError) and error.errno in _TRY_AGAIN_ERRNOS):
+    # Spark's and Delta's errors come by py4j, with the cause in their text.
+    if type(error).__name__.startswith("Concurrent") or "DELTA_CONCURRENT" in str(error):
+        return f"{job}: another job writes the same table; run the same command again when it has ended.", TRY_AGAIN
+    if any(words in str(error) for words in _FULL_DISK) or (
+        isinstance(error, OSError) and error.errno in _TRY_AGAIN_ERRNOS
+    ):
         return (
             f"{job}: {_first_line(error)}; free space or restore the service and run the same command again.",
             TRY_AGAIN,

@@ -8,9 +8,10 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import secrets
+import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -23,7 +24,10 @@ from deltalake import DeltaTable, write_deltalake
 from deltalake.exceptions import TableNotFoundError
 
 from jobs import console
+from model.registry.tables import read_rows
 from pipelines.tables import OPS_RUNS, TABLES, table_uri
+
+_DIRTY = ".dirty"
 
 
 def new_run_id() -> str:
@@ -33,13 +37,18 @@ def new_run_id() -> str:
 
 @cache
 def code_version() -> str:
-    """The package's version, and the git commit where it runs from a checkout."""
+    """The package's version, and in a checkout the git commit, with `.dirty` behind it where files differ from it."""
     version = importlib.metadata.version("lakemoe")
     root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
+    if not (root / ".git").exists() or shutil.which("git") is None:
         return version
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
-    return f"{version}+{done.stdout.strip()}" if done.returncode == 0 else version
+
+    def git(*arguments: str) -> str | None:
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+    return f"{version}+{commit}{_DIRTY if changed else ''}" if commit else version
 
 
 def table_version(lake: str, name: str) -> int | None:
@@ -117,30 +126,32 @@ def _append(lake: str, job: str, configuration: dict[str, Any], run: Run) -> Non
 
 def runs(lake: str, job: str | None = None) -> list[dict[str, Any]]:
     """The recorded runs, oldest first; empty where there are none."""
-    import pyarrow.parquet as pq
-
-    try:
-        files = DeltaTable(OPS_RUNS.uri(lake)).file_uris()
-    except TableNotFoundError:
-        return []
-    rows: list[dict[str, Any]] = []
-    for file in files:
-        rows.extend(pq.ParquetFile(file).read().to_pylist())
+    rows = read_rows(OPS_RUNS.uri(lake))
     return sorted((row for row in rows if job in (None, row["job"])), key=lambda row: row["run_id"])
 
 
-def up_to_date(lake: str, job: str, configuration: dict[str, Any]) -> dict[str, Any] | None:
+def up_to_date(
+    lake: str, job: str, configuration: dict[str, Any], others: Mapping[str, int] | None = None
+) -> dict[str, Any] | None:
     """The last run of the job, where it read and left the very versions that are there now, by the same settings.
 
-    A run with the same inputs, settings and code would write nothing, so it is spared.
+    A run with the same inputs, settings and code would write nothing, so it is spared; code that was edited since its
+    commit is never the same. others: the versions of inputs
+    that are no tables, by their names in ops.runs.
     """
+    if code_version().endswith(_DIRTY):
+        return None
+
+    def now(name: str) -> int | None:
+        return others[name] if others and name in others else table_version(lake, name)
+
     wanted = json.dumps(configuration, sort_keys=True, default=str)
     for run in reversed(runs(lake, job)):
         if run["status"] not in ("succeeded", "unchanged"):
             continue
         same = run["configuration"] == wanted and run["code_version"] == code_version() and run["inputs"]
         versions = [*(run["inputs"] or []), *(run["outputs"] or [])]
-        if same and all(table_version(lake, v["table"]) == v["version"] for v in versions if v["table"] in TABLES):
+        if same and all(now(v["table"]) == v["version"] for v in versions):
             return run
         return None
     return None

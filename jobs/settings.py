@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args, get_origin
@@ -43,24 +44,15 @@ class JobSettings(BaseSettings):
     # Settings that a job ships with (a file of conf/); a user's file, environment and flags win over them.
     default_file: ClassVar[Path | None] = None
 
-    lake: str = Field("./lake", description="the lake's URI: a path, or an object store's URI")
+    lake: str = Field("./lake", description="the lake's folder, a local path")
     config: Path | None = Field(None, description="YAML file of settings")
     debug: bool = Field(False, description="show the traceback of an error")
 
 
+_FILE = "config"  # the field that names the file, so none that the file may hold
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
 SettingsT = TypeVar("SettingsT", bound=JobSettings)
-
-
-def sections(settings: type[BaseModel]) -> dict[str, type[BaseModel]]:
-    """The fields of a settings class that are sections, by name."""
-    found = {}
-    for name, info in settings.model_fields.items():
-        kind = info.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            found[name] = kind
-    return found
 
 
 def keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
@@ -77,11 +69,11 @@ def known_sections() -> set[str]:
     names: set[str] = set()
     for job in JOBS.values():
         names |= set(importlib.import_module(job.module).Settings.model_fields)
-    return names
+    return names - {_FILE}
 
 
 def load(settings: type[SettingsT], arguments: list[str], *, program: str) -> SettingsT:
-    """Settings from ``--config``, the environment and flags.
+    """Settings from ``--config`` (else the file that LAKEMOE_CONFIG names), the environment and flags.
 
     Raises UsageError in one sentence; argparse itself ends the process with 2 for an unknown flag and 0 for --help.
     """
@@ -131,7 +123,8 @@ def _config_path(arguments: list[str]) -> Path | None:
             return Path(argument.partition("=")[2])
         if argument == "--config" and index + 1 < len(arguments):
             return Path(arguments[index + 1])
-    return None
+    named = os.environ.get("LAKEMOE_CONFIG")
+    return Path(named) if named else None
 
 
 def _from_yaml(settings: type[BaseModel], file: Path) -> dict[str, Any]:
@@ -145,7 +138,7 @@ def _from_yaml(settings: type[BaseModel], file: Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise UsageError(f"{file} must hold a mapping of sections, and holds a {type(values).__name__}.")
-    own = set(settings.model_fields)
+    own = set(settings.model_fields) - {_FILE}
     if unknown := [name for name in values if name not in own]:
         everything = known_sections()
         for name in unknown:

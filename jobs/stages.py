@@ -12,7 +12,11 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel
 
 from jobs import console, runs
+from pipelines.ingest.config import IngestConfig
+from pipelines.ingest.listing import fingerprints, list_sources
+from pipelines.pack.config import PackConfig
 from pipelines.tables import TABLES
+from pipelines.tokenize.config import TokenizeConfig
 
 if TYPE_CHECKING:
     from pipelines.lake import StageResult
@@ -31,7 +35,7 @@ STAGES: dict[str, tuple[str, str]] = {
 def run_stage(job: str, lake: str, config: BaseModel) -> dict[str, int]:
     """Run one stage and record it in ops.runs; returns its counts."""
     configuration = config.model_dump(mode="json")
-    if job != "ingest" and (done := runs.up_to_date(lake, job, configuration)):
+    if done := runs.up_to_date(lake, job, configuration, _read_beside_tables(lake, config)):
         counts = dict(done["counts"])
         console.done(job, "unchanged", counts)
         return counts
@@ -49,6 +53,17 @@ def run_stage(job: str, lake: str, config: BaseModel) -> dict[str, int]:
             run.status = "unchanged"
     console.done(job, run.status, run.counts)
     return run.counts
+
+
+def _read_beside_tables(lake: str, config: BaseModel) -> dict[str, int]:
+    """What a run by these settings would read that is no table, as StageResult.inputs names it."""
+    if isinstance(config, IngestConfig):
+        return fingerprints(list_sources(config, lake))
+    if isinstance(config, TokenizeConfig | PackConfig):
+        from pipelines.tokenize.train import chosen_tokenizer, tokenizer_input
+
+        return tokenizer_input(chosen_tokenizer(lake, config.tokenizer))
+    return {}
 
 
 def where(lake: str, job: str) -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import shutil
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 from rich.table import Table
 
@@ -45,17 +49,22 @@ def _reasons(counts: Mapping[str, int], prefix: str) -> str:
     return shown + (f" and {len(found) - REASONS_SHOWN} more" if len(found) > REASONS_SHOWN else "") or "nothing"
 
 
+def program(name: str) -> str:
+    """How the user calls a command of this environment: by its name where the shell finds it, else by its path."""
+    return name if shutil.which(name) else os.path.relpath(Path(sys.executable).with_name(name))
+
+
 def next_commands(lake: str, model: str) -> list[tuple[str, str]]:
     """(what it is for, the command)."""
-    at = shlex.quote(lake)
+    at, lakemoe = shlex.quote(lake), shlex.quote(program("lakemoe"))
     body = json.dumps({"model": model, "prompt": "def main(", "max_tokens": 32})
     return [
-        ("report", f"lakemoe report --lake {at}"),
-        ("serve", f"lakemoe serve --model models:/{model}@champion --lake {at}"),
+        ("report", f"{lakemoe} report --lake {at}"),
+        ("serve", f"{lakemoe} serve --model models:/{model}@champion --lake {at}"),
         ("ask it", f"curl -s http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' -d '{body}'"),
-        ("runs", f"mlflow ui --backend-store-uri {shlex.quote(tracking_uri(lake))}"),
-        ("lineage", f"lakemoe lineage --model models:/{model}@champion --lake {at}"),
-        ("own data", f"lakemoe quickstart --source PATH --lake {at}-own"),
+        ("runs", f"{shlex.quote(program('mlflow'))} ui --backend-store-uri {shlex.quote(tracking_uri(lake))}"),
+        ("lineage", f"{lakemoe} lineage --model models:/{model}@champion --lake {at}"),
+        ("own data", f"{lakemoe} quickstart --source PATH --lake {at}-own"),
     ]
 
 
@@ -83,7 +92,7 @@ def show(
     out.print()
     out.print(evaluate.table(evaluation))
     better = "below" if evaluation.total.beats_baselines else "NOT below"
-    console.note(f"The loss is {better} both baselines, which are fitted on the same training tokens.")
+    console.note(f"The loss is {better} both baselines, which are fitted on sequences of the same training split.")
     out.print()
     console.note(f"models:/{decision.model}@{alias} is version {decision.candidate_version}. {decision.reason}")
     console.note("It says:")

@@ -26,7 +26,7 @@ def run_training(lake: str, config: TrainConfig) -> TrainSummary:
     """Train, or find it done, and record it in ops.runs."""
     before = read_run(config.output_folder(lake)) or {}
     with runs.recorded(lake, "train", config.model_dump(mode="json")) as run:
-        summary = train(lake, config)
+        summary = train(lake, config, code_version=runs.code_version())
         data = (read_run(config.output_folder(lake)) or {})["data"]
         run.inputs, run.mlflow_run_id = {GOLD_SEQUENCES.name: data["version"]}, summary.mlflow_run_id
         run.counts = {"steps": summary.step, "tokens": summary.tokens}
@@ -39,7 +39,7 @@ def run_training(lake: str, config: TrainConfig) -> TrainSummary:
 def run(settings: Settings) -> None:
     summary = run_training(settings.lake, settings.train)
     console.note(f"The checkpoint is {summary.checkpoint}, the last loss {summary.final_loss:.4f} nats a token.")
-    store = settings.train.tracking_uri or tracking_uri(settings.lake)
+    store = tracking_uri(settings.lake)
     console.note(f"The run is {summary.mlflow_run_id}; to see it: mlflow ui --backend-store-uri {store}")
     console.note(f"Next: lakemoe evaluate --training {settings.train.name} --lake {settings.lake}")
 

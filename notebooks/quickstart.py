@@ -195,7 +195,7 @@ plt.show()
 # %% [markdown]
 # ## Evaluate
 #
-# The loss on documents that were held out, beside two models without a network, fitted on the same training tokens: how
+# The loss on documents that were held out, beside two models without a network, fitted on the same training split: how
 # often each token comes (unigram), and how often after the one before it (bigram). A network above them has learned less
 # than counting does; a few more steps change that.
 

@@ -41,12 +41,11 @@ class Change:
 
 @dataclass(frozen=True, kw_only=True)
 class StageResult:
-    """What a stage did: counts by name, and the versions of the tables that it read and wrote.
+    """What a stage did: counts by name, and the versions of the tables (and files) that it read and wrote.
 
     unchanged: said by a stage that writes no table; of the others, the versions tell.
     """
 
-    job: str
     counts: dict[str, int]
     inputs: dict[str, int] = field(default_factory=dict)
     outputs: dict[str, int] = field(default_factory=dict)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -38,6 +39,9 @@ def spark_session(
     os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
     from delta import configure_spark_with_delta_pip
 
+    # Tables are named by their path in a lake: Spark's own warehouse stays empty, and out of the working directory.
+    warehouse = tempfile.mkdtemp(prefix="lakemoe-warehouse-")
+    atexit.register(shutil.rmtree, warehouse, ignore_errors=True)
     cores = os.cpu_count() or 2
     partitions = str(shuffle_partitions or max(2, cores))
     builder = (
@@ -45,6 +49,7 @@ def spark_session(
         .master(os.environ.get("LAKEMOE_SPARK_MASTER", "local[*]"))
         .config("spark.sql.extensions", "io.delta.sql.DeltaSparkSessionExtension")
         .config("spark.sql.catalog.spark_catalog", "org.apache.spark.sql.delta.catalog.DeltaCatalog")
+        .config("spark.sql.warehouse.dir", warehouse)
         .config("spark.driver.memory", memory)
         .config("spark.driver.bindAddress", "127.0.0.1")
         .config("spark.sql.shuffle.partitions", partitions)

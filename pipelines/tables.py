@@ -297,7 +297,7 @@ OPS_RUNS = Table(
             column("status", pa.string(), "succeeded, unchanged, failed", nullable=False),
             column("code_version", pa.string(), "lakemoe's version and git commit where there is one"),
             column("configuration", pa.string(), "the settings as JSON"),
-            column("inputs", pa.list_(TABLE_VERSION), "tables read, at which version"),
+            column("inputs", pa.list_(TABLE_VERSION), "tables read, at which version; files and tokenizer by a hash"),
             column("outputs", pa.list_(TABLE_VERSION), "tables written, the version after"),
             column("counts", pa.map_(pa.string(), pa.int64()), "what the job counted"),
             column("mlflow_run_id", pa.string(), "the training's MLflow run"),

@@ -1,13 +1,27 @@
-"""Fixtures for all rooms: one Spark session for the whole test run, one fresh lake a test."""
+"""Fixtures for all rooms: one Spark session for the whole test run, one fresh lake a test.
+
+Run by several workers (pytest -n 2, as `make test` does), all tests that need Spark go to one of them, and the tests of
+any other file stay together.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+from xdist.scheduler import LoadScopeScheduling
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Before torch is imported, here and in the processes that tests start: OpenMP's threads wait for each other, which
+    # on cores that another worker uses is many times slower than one thread.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Short-lived JVMs spend more on compiling than they win by it.
+os.environ.setdefault("JDK_JAVA_OPTIONS", "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC")
 
 # A machine that is busy with Spark is no failure of a law.
 settings.register_profile("lakemoe", deadline=None)
@@ -30,3 +44,15 @@ def spark() -> Iterator[SparkSession]:
 def lake(tmp_path: Path) -> str:
     """The path of an empty lake."""
     return str(tmp_path / "lake")
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScopeScheduling:
+    return OneSpark(config, log)
+
+
+class OneSpark(LoadScopeScheduling):
+    """A file's tests go to one worker, and all files that use the Spark session to the same one."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::")[0]
+        return "spark" if ": SparkSession" in (self.config.rootpath / file).read_text(encoding="utf-8") else file

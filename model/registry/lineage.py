@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from model.errors import ModelError
-from model.registry.load import resolve
+from model.registry.load import find
 from model.registry.register import PREFIX
-from model.registry.store import connect
 from model.registry.tables import missing, read_rows
-from pipelines.tables import GOLD_SEQUENCES, OPS_RUNS, table_uri
+from pipelines.tables import GOLD_SEQUENCES, OPS_RUNS, TABLES, table_uri
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +50,7 @@ class Lineage:
 
 def lineage(uri: str, *, lake: str) -> Lineage:
     """The lineage of models:/NAME@ALIAS or models:/NAME/VERSION. Errors: ModelError where there is no such version."""
-    version = resolve(connect(lake), uri)
+    version = find(uri, lake=lake)
     tags = {key.removeprefix(PREFIX): value for key, value in version.tags.items() if key.startswith(PREFIX)}
     try:
         sequences = int(tags[f"{GOLD_SEQUENCES.name}.version"])
@@ -74,7 +73,9 @@ def lineage(uri: str, *, lake: str) -> Lineage:
             run_id=None if writer is None else str(writer["run_id"]),
             missing=missing(table_uri(lake, table), number, table_id),
         )
-        to_visit += [(i["table"], int(i["version"])) for i in (writer or {}).get("inputs") or () if i["table"] != table]
+        inputs = (writer or {}).get("inputs") or ()
+        # Beside tables a run names the files that it read, of which only the last state is there.
+        to_visit += [(i["table"], int(i["version"])) for i in inputs if i["table"] in TABLES and i["table"] != table]
     return Lineage(
         model=str(version.name),
         version=str(version.version),

@@ -39,9 +39,7 @@ class LoadedModel:
 
 def resolve(client: MlflowClient, uri: str) -> ModelVersion:
     """The version that a URI means. Errors: ModelError, 2 where the URI has another form, 1 where it is not there."""
-    match = _URI.fullmatch(uri)
-    if match is None:
-        raise ModelError(f"{uri!r} is no model URI; write models:/NAME@ALIAS or models:/NAME/VERSION.", 2)
+    match = _parsed(uri)
     try:
         if match["alias"]:
             return client.get_model_version_by_alias(match["name"], match["alias"])
@@ -52,12 +50,25 @@ def resolve(client: MlflowClient, uri: str) -> ModelVersion:
         ) from error
 
 
+def find(uri: str, *, lake: str) -> ModelVersion:
+    """``resolve`` in a lake's store, which is not made where it is absent. Errors: as there."""
+    _parsed(uri)  # a wrong URI is said first
+    return resolve(connect(lake, create=False), uri)
+
+
+def _parsed(uri: str) -> re.Match[str]:
+    match = _URI.fullmatch(uri)
+    if match is None:
+        raise ModelError(f"{uri!r} is no model URI; write models:/NAME@ALIAS or models:/NAME/VERSION.", 2)
+    return match
+
+
 def load(uri: str, *, lake: str = "./lake", device: str | torch.device = "cpu") -> LoadedModel:
     """The model behind models:/NAME@ALIAS or models:/NAME/VERSION, in evaluation mode, float32 as it was trained.
 
     Errors: ModelError, where it is not there or its files are not whole.
     """
-    version = resolve(connect(lake), uri)
+    version = find(uri, lake=lake)
     folder = download(uri, lake=lake)
     transformer, tokenizer, config = open_folder(folder, device)
     return LoadedModel(
@@ -77,7 +88,7 @@ def model_uri(name: str, version_or_alias: str) -> str:
 
 def download(uri: str, *, lake: str) -> Path:
     """The folder with a version's files, those of LoadedModel. Errors: ModelError."""
-    version = resolve(connect(lake), uri)
+    version = find(uri, lake=lake)
     try:
         root = mlflow.artifacts.download_artifacts(artifact_uri=f"models:/{version.name}/{version.version}")
     except (MlflowException, OSError) as error:

@@ -76,7 +76,7 @@ def promote(
     where there is one, the champion, and must measure both on the same data. The decision is written before the alias
     moves, so that a kill between the two is finished by the next call. Errors: ModelError.
     """
-    client = connect(lake)
+    client = connect(lake, create=False)
     version = str(resolve(client, model_uri(name, version)).version)
     champion = champion_version(client, name)
     who = requested_by or os.environ.get("LAKEMOE_USER") or _user()

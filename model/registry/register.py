@@ -79,6 +79,7 @@ def register(
     tokenizer = _tokenizer_path(lake, str(_data(read.manifest)["tokenizer_id"]))
     client = connect(lake)
     if found := _version_of(client, name, weights):
+        _challenge(client, name, found)  # a kill may have come between the version and its alias
         return RegisteredVersion(name=name, version=str(found.version), created=False)
     known = lineage_tags(read.manifest)
     known.update({PREFIX + key: str(value) for key, value in {**(metrics or {}), **(tags or {})}.items()})
@@ -91,7 +92,7 @@ def register(
         version_ = _create_version(client, name, model_id, run_id, known)
     except (MlflowException, OSError) as error:
         raise ModelError(f"{checkpoint} could not be registered as {name} ({error}); run it again.", 75) from error
-    client.set_registered_model_alias(name, "challenger", version_.version)
+    _challenge(client, name, version_)
     return RegisteredVersion(name=name, version=str(version_.version), created=True)
 
 
@@ -142,6 +143,14 @@ def _version_of(client: MlflowClient, name: str, weights: str) -> ModelVersion |
     query = f"name = '{_quotable(name)}' and tag.`{WEIGHTS_TAG}` = '{weights}'"
     found = client.search_model_versions(query)
     return min(found, key=lambda v: int(v.version)) if found else None
+
+
+def _challenge(client: MlflowClient, name: str, version_: ModelVersion) -> None:
+    """The alias challenger to the newest version, unless that is the champion already."""
+    newest = max(int(v.version) for v in client.search_model_versions(f"name = '{_quotable(name)}'"))
+    champion = client.get_registered_model(name).aliases.get("champion")
+    if int(version_.version) == newest and str(champion) != str(version_.version):
+        client.set_registered_model_alias(name, "challenger", version_.version)
 
 
 def _quotable(name: str) -> str:

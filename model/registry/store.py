@@ -5,7 +5,7 @@ Leaves out a registry apart from the tracking server.
 
 from __future__ import annotations
 
-import contextlib
+import fcntl
 import logging
 import os
 from pathlib import Path
@@ -26,43 +26,55 @@ def lake_folder(lake: str) -> Path:
 
 
 def tracking_uri(lake: str) -> str:
-    """MLFLOW_TRACKING_URI where it is set, else the SQLite file LAKE/mlflow.db (the folder is made)."""
-    if named := os.environ.get("MLFLOW_TRACKING_URI"):
-        return named
-    folder = lake_folder(lake)
-    folder.mkdir(parents=True, exist_ok=True)
-    return f"sqlite:///{folder}/mlflow.db"
+    """MLFLOW_TRACKING_URI where it is set, else the SQLite file LAKE/mlflow.db."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{lake_folder(lake)}/mlflow.db"
 
 
-def connect(lake: str, uri: str | None = None) -> MlflowClient:
-    """Points this process's MLflow to the lake's store (or ``uri``) and gives a client to it."""
-    uri = uri or tracking_uri(lake)
+def connect(lake: str, *, create: bool = True) -> MlflowClient:
+    """Points this process's MLflow to the lake's store and gives a client to it.
+
+    create: make the store where it is absent. Who only reads does not, so that a mistyped lake is not made; then an
+    absent store is a ModelError.
+    """
+    uri = tracking_uri(lake)
+    absent = _absent_file(uri)
+    if absent and not create:
+        raise ModelError(f"There is no {absent}; register and promote a model first, or name another --lake.")
     # Migrations and the copying of files inside one machine are not worth a line each.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    _create_store(uri)
+    if absent:
+        _create_store(absent)
+    named = os.environ.get("MLFLOW_TRACKING_URI")
     mlflow.set_tracking_uri(uri)
+    if named is None:  # MLflow sets the variable, and another lake would get this one's store
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
     mlflow.set_registry_uri(uri)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
-def _create_store(uri: str) -> None:
-    """Make MLflow's SQLite file where it is absent, whole or not at all; nothing for another kind of store.
+def _absent_file(uri: str) -> Path | None:
+    """The SQLite file of a store that is not there yet; None for a store that is there or of another kind."""
+    file = Path(uri.removeprefix("sqlite:///"))
+    return file if uri.startswith("sqlite:///") and not file.exists() else None
+
+
+def _create_store(file: Path) -> None:
+    """Make MLflow's SQLite file where it is absent, whole or not at all, one process at a time.
 
     MLflow makes and migrates its tables one by one for seconds, and a file that a kill left half migrated can never be
-    opened again (3.17.2: "table already exists"). So it is made under another name and linked to its own.
+    opened again (3.17.2: "table already exists"). So it is made under another name and renamed.
     """
-    file = Path(uri.removeprefix("sqlite:///"))
-    if not uri.startswith("sqlite:///") or file.exists():
-        return
     file.parent.mkdir(parents=True, exist_ok=True)
-    for half in file.parent.glob(f".{file.name}.new-*"):
-        half.unlink(missing_ok=True)
-    made = file.with_name(f".{file.name}.new-{os.getpid()}")
-    MlflowClient(tracking_uri=f"sqlite:///{made}").search_experiments(max_results=1)
-    with contextlib.suppress(FileExistsError):  # another process was first: its file is as good
-        os.link(made, file)
-    made.unlink(missing_ok=True)
+    with file.with_name(f".{file.name}.lock").open("w") as lock:  # held no longer than its process lives
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if file.exists():  # another process was first
+            return
+        for half in file.parent.glob(f".{file.name}.new*"):  # SQLite's journal of it too
+            half.unlink()
+        made = file.with_name(f".{file.name}.new")
+        MlflowClient(tracking_uri=f"sqlite:///{made}").search_experiments(max_results=1)
+        made.rename(file)
 
 
 def experiment_id(client: MlflowClient, lake: str, name: str = EXPERIMENT) -> str:

@@ -19,11 +19,9 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-import torch
-
+from model.device import pick_device
 from model.errors import ModelError
-from model.registry.load import load, resolve
-from model.registry.store import connect
+from model.registry.load import find, load
 from model.serve.config import ServeConfig
 from model.serve.protocol import ApiError
 from model.serve.worker import Worker
@@ -126,10 +124,10 @@ def open_server(uri: str, *, lake: str, config: ServeConfig | None = None) -> Se
         raise ModelError("Serving needs the extra: pip install 'lakemoe[serve]'.", 2)
     from model.serve.app import ServedModel
 
-    device = _device(config.device)
+    device = pick_device(config.device, "serve.device")
     listener = _listen(config.host, config.port)
     try:
-        version = resolve(connect(lake), uri)
+        version = find(uri, lake=lake)
         # By its number: the alias may move between the two calls.
         loaded = load(f"models:/{version.name}/{version.version}", lake=lake, device=device)
     except BaseException:
@@ -143,13 +141,6 @@ def open_server(uri: str, *, lake: str, config: ServeConfig | None = None) -> Se
         created=int(version.creation_timestamp) // 1000,
     )
     return Server(served, Worker(loaded.transformer, loaded.tokenizer, config.queue), listener, config)
-
-
-def _device(name: str) -> str:
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise ModelError("There is no CUDA device here; serve with --serve.device cpu.", 2)
-    return ("cuda" if available else "cpu") if name == "auto" else name
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from model.device import DeviceName
 from model.errors import ModelError
 
 
@@ -45,10 +46,9 @@ class TrainConfig(BaseModel):
     checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="checkpoints kept, the newest")
     log_every: int = Field(10, ge=1, description="steps between lines where there is no terminal")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a CUDA GPU where there is one")
+    device: DeviceName = Field("auto", description="auto: a CUDA GPU where there is one")
     output: str | None = Field(None, description="folder of this training (default: LAKE/training/NAME)")
     experiment: str = Field("lakemoe", description="MLflow experiment")
-    tracking_uri: str | None = Field(None, description="MLflow tracking server (default: the lake's own)")
 
     def output_folder(self, lake: str) -> Path:
         """Where checkpoints and metrics go: a local folder. Errors: ModelError (2) where the lake is none."""
@@ -60,8 +60,7 @@ class TrainConfig(BaseModel):
 
     def identity(self) -> dict[str, Any]:
         """The fields that the weights depend on. The others may change between restarts."""
-        free = {"name", "output", "experiment", "tracking_uri", "device"}
-        free |= {"checkpoint_every", "keep_checkpoints", "log_every"}
+        free = {"name", "output", "experiment", "device", "checkpoint_every", "keep_checkpoints", "log_every"}
         return self.model_dump(mode="json", exclude=free)
 
 

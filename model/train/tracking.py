@@ -34,11 +34,11 @@ class Tracking:
     """The training's MLflow run. Opening it raises ModelError (75) where the tracking server cannot be used."""
 
     def __init__(self, lake: str, config: TrainConfig, training_id: str, run_id: str | None) -> None:
-        self.uri = config.tracking_uri or tracking_uri(lake)
+        self.uri = tracking_uri(lake)
         try:
             # Down servers are asked for two minutes by default; the training need not wait that long.
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-            self._client = connect(lake, self.uri)
+            self._client = connect(lake)
             self._experiment_id = experiment_id(self._client, lake, config.experiment)
             self.run_id = run_id or self._find(training_id) or self._create(config, training_id)
             self._client.update_run(self.run_id, status="RUNNING")

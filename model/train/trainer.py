@@ -26,6 +26,7 @@ import torch
 from tokenizers import Tokenizer
 
 from model.config import ModelConfig, load_preset
+from model.device import pick_device
 from model.errors import ModelError
 from model.loader.loader import Batch, SequenceLoader
 from model.loader.snapshot import Snapshot, open_sequences
@@ -42,9 +43,11 @@ from pipelines.tables import tokenizer_uri
 CHECKPOINTS = "checkpoints"
 
 
-def train(lake: str, config: TrainConfig) -> TrainSummary:
-    """Train on a lake (its path or URI), or go on training, or find it done.
+def train(lake: str, config: TrainConfig, *, code_version: str | None = None) -> TrainSummary:
+    """Train on a lake's path, or go on training, or find it done.
 
+    code_version: the caller's version of the code, for the manifests of the checkpoints; a training that goes on keeps
+    the one that it began with.
     Raises ModelError: 2 where the settings are wrong or differ from those that the output began with, 1 where the data
     cannot be read or the loss is not finite, 75 where running again goes on (SIGTERM, full disk, MLflow unreachable).
     """
@@ -62,6 +65,7 @@ def train(lake: str, config: TrainConfig) -> TrainSummary:
                 "training_id": uuid.uuid4().hex,
                 "mlflow_run_id": None,
                 "settings": config.identity(),
+                "code_version": code_version,
                 "model": model_config.model_dump(mode="json"),
                 "data": snapshot.describe(),
                 "final": None,
@@ -77,7 +81,11 @@ def train(lake: str, config: TrainConfig) -> TrainSummary:
             record["mlflow_run_id"] = tracking.run_id
             write_run(output, record)
         if record["final"] is None:
-            summary = _run(config, model_config, snapshot, output, journal, tracking)
+            try:
+                summary = _run(config, model_config, snapshot, output, journal, tracking, record.get("code_version"))
+            except Exception as error:
+                tracking.end("KILLED" if getattr(error, "exit_code", None) == 75 else "FAILED")
+                raise
             record |= {"final": Path(summary.checkpoint).name, "summary": asdict(summary)}
             write_run(output, record)
         trouble = tracking.send(journal, config.steps)
@@ -174,9 +182,10 @@ def _run(
     output: Path,
     journal: Journal,
     tracking: Tracking,
+    code_version: str | None,
 ) -> TrainSummary:
     """From the last checkpoint, or from nothing, to the last step."""
-    device = _device(config)
+    device = pick_device(config.device, "train.device")
     torch.manual_seed(config.seed)
     # Made on the CPU whatever the device, so that a seed means the same weights everywhere.
     model = Transformer(model_config).to(device)
@@ -206,6 +215,7 @@ def _run(
                 manifest={
                     "data": snapshot.describe(),
                     "settings": config.identity(),
+                    "code_version": code_version,
                     "mlflow_run_id": tracking.run_id,
                     "tokens": position.step * config.global_batch_size * snapshot.sequence_length,
                 },
@@ -233,7 +243,6 @@ def _run(
                     if trouble:
                         progress.say(f"train: {trouble}; the next checkpoint tries again")
                 if stop.is_set() and position.step < config.steps:
-                    tracking.end("KILLED")
                     raise ModelError(f"Stopped by SIGTERM, saved at step {position.step}; run again to go on.", 75)
     return TrainSummary(
         checkpoint=str(folder),
@@ -302,13 +311,6 @@ def _step(
 def _words(figures: dict[str, float]) -> dict[str, str]:
     """NaN is no JSON."""
     return {k: str(v) for k, v in figures.items()}
-
-
-def _device(config: TrainConfig) -> torch.device:
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ModelError("No CUDA GPU is to be seen; take --device cpu or mend the driver.", 2)
-    name = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
 
 
 @contextlib.contextmanager

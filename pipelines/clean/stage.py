@@ -70,9 +70,9 @@ def run(spark: SparkSession, lake: str, config: CleanConfig, *, run_id: str) -> 
 
     Raises LakeError when there is no bronze.documents, or when a document was lost on the way.
     """
-    ensure(spark, lake, SILVER_DOCUMENTS)
     bronze_version = version(spark, lake, BRONZE_DOCUMENTS)
     bronze = read(spark, lake, BRONZE_DOCUMENTS, bronze_version)
+    ensure(spark, lake, SILVER_DOCUMENTS)
     change = sync(spark, lake, SILVER_DOCUMENTS, silver(_spread(spark, bronze), config, run_id))
     counts = funnel(read(spark, lake, SILVER_DOCUMENTS, change.version))
     if (documents := bronze.count()) != counts["documents"]:
@@ -83,7 +83,6 @@ def run(spark: SparkSession, lake: str, config: CleanConfig, *, run_id: str) -> 
         )
     counts |= {"inserted": change.inserted, "updated": change.updated, "deleted": change.deleted}
     return StageResult(
-        job="clean",
         counts=counts,
         inputs={BRONZE_DOCUMENTS.name: bronze_version or 0},
         outputs={SILVER_DOCUMENTS.name: change.version},

@@ -28,10 +28,10 @@ Batches = Iterator[pa.RecordBatch]
 
 def run(spark: SparkSession, lake: str, config: DedupConfig, *, run_id: str) -> StageResult:
     """Bring silver.minhash and silver.duplicates in line with silver.documents."""
-    for table in (SILVER_MINHASH, SILVER_DUPLICATES):
-        tables_of.ensure(spark, lake, table)
     version = tables_of.version(spark, lake, SILVER_DOCUMENTS)
     silver = tables_of.read(spark, lake, SILVER_DOCUMENTS, version)
+    for table in (SILVER_MINHASH, SILVER_DUPLICATES):
+        tables_of.ensure(spark, lake, table)
     documents = silver.select(
         "document_id",
         "source",
@@ -78,7 +78,6 @@ def run(spark: SparkSession, lake: str, config: DedupConfig, *, run_id: str) -> 
     for cached in (documents, texts, pairs):
         cached.unpersist()
     return StageResult(
-        job="dedup",
         counts=counts,
         inputs={SILVER_DOCUMENTS.name: version or 0},
         outputs={SILVER_MINHASH.name: hashed.version, SILVER_DUPLICATES.name: written.version},

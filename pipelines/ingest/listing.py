@@ -6,18 +6,24 @@ skipped. Archives and compressed files of a kind that is not read are not on tha
 as `binary`, so that data in them is missed loudly. A folder below the source that cannot be listed is a record,
 `unreadable`. Links to files are followed, links to folders are not (they may lead round in a circle) and count as
 skipped.
+
+A listing has a fingerprint, by which a run finds that there is nothing to read: names, sizes and the times of the last
+change, as git's index takes a file for unchanged. The later of modification and status change counts, so that a
+file whose modification time was set back, as cp -p does, is noticed as well.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import stat
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from pipelines.errors import LakeError
-from pipelines.ingest.config import Format, SourceConfig, format_of, glob_base, is_glob
+from pipelines.ingest.config import Format, IngestConfig, SourceConfig, format_of, glob_base, is_glob
 from pipelines.ingest.languages import extension
 
 VERSION_CONTROL = frozenset({".git", ".hg", ".svn", ".bzr", ".jj", "_darcs", ".fslckout", "CVS"})
@@ -34,9 +40,17 @@ SKIPPED_EXTENSIONS = frozenset(
 )
 
 
+# A file that is changed again within one tick of its file system's clock keeps its time. The coarsest in use ticks in
+# two seconds (FAT).
+_TICK_NS = 2_000_000_000
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One thing to read. problem: why it cannot be (then it is a quarantined record and is not opened)."""
+    """One thing to read. problem: why it cannot be (then it is a quarantined record and is not opened).
+
+    changed_ns: when it last changed, in nanoseconds since the epoch.
+    """
 
     source: int
     raw_path: bytes
@@ -44,15 +58,29 @@ class Entry:
     format: Format
     size: int
     problem: str | None = None
+    changed_ns: int = 0
 
 
 @dataclass(slots=True)
 class Listing:
-    """What a source holds, and what was passed over. folders: relative paths of those listed, `.` for the source's."""
+    """What a source holds, and what was passed over. folders: relative paths of those listed, `.` for the source's.
+
+    at_ns: when the listing began, in nanoseconds since the epoch.
+    """
 
     entries: list[Entry] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)
     skipped: int = 0
+    at_ns: int = field(default_factory=lambda: time.time_ns())
+
+    def fingerprint(self) -> int | None:
+        """63 bits, equal while nothing changes; None where a file is so new that a later change may not show."""
+        if any(entry.changed_ns > self.at_ns - _TICK_NS for entry in self.entries):
+            return None
+        digest = hashlib.sha256(repr((self.folders, self.skipped)).encode())
+        for entry in self.entries:
+            digest.update(repr((entry.raw_path, entry.format, entry.size, entry.problem, entry.changed_ns)).encode())
+        return int.from_bytes(digest.digest()[:8]) >> 1
 
 
 def printable(path: str) -> str:
@@ -127,6 +155,22 @@ def list_source(index: int, source: SourceConfig, *, exclude: str | None = None)
     return listing
 
 
+def list_sources(config: IngestConfig, lake: str) -> dict[SourceConfig, Listing]:
+    """List every source, resolved, in the order of the configuration; a lake that lies in one is no part of it."""
+    exclude = None if "://" in lake else lake
+    return {s: list_source(i, s, exclude=exclude) for i, s in enumerate(config.resolved_sources())}
+
+
+def fingerprints(listings: Mapping[SourceConfig, Listing]) -> dict[str, int]:
+    """How a run's record names what it read, as it names tables at versions: ``files:SOURCE`` at a fingerprint.
+
+    Empty where one of them has none: then the next run reads all.
+    """
+    found = {f"files:{source.name}": listing.fingerprint() for source, listing in listings.items()}
+    known = {name: value for name, value in found.items() if value is not None}
+    return known if len(known) == len(found) else {}
+
+
 def _list_folder(
     listing: Listing,
     index: int,
@@ -185,13 +229,13 @@ def _is_folder(child: os.DirEntry[str]) -> bool:
 
 
 def _add_file(listing: Listing, index: int, source: SourceConfig, path: str, relative: str) -> None:
-    size, problem = 0, None
+    size, changed, problem = 0, 0, None
     try:
         status = os.stat(path)
-        size = status.st_size
+        size, changed = status.st_size, max(status.st_mtime_ns, status.st_ctime_ns)
         if not stat.S_ISREG(status.st_mode):
             problem = "not a regular file"
     except OSError as error:
         problem = error.strerror or str(error)
     entry_format = source.format or format_of(path)
-    listing.entries.append(Entry(index, os.fsencode(path), printable(relative), entry_format, size, problem))
+    listing.entries.append(Entry(index, os.fsencode(path), printable(relative), entry_format, size, problem, changed))

@@ -4,10 +4,10 @@ Names are listed on the driver and spread as a DataFrame; contents are read once
 DataFrame kept on the executors' disks, from which both tables are written. A file's reading also says how many records
 it met, and the stage fails before it writes anything where documents and quarantined records do not make up that sum.
 
-Reading the same again writes nothing; a changed file updates its document; what is gone from the source is kept. Of two
-whole records with one id the first, by path and line, is the document, however the files are spread; the others are
-`duplicate_id`, known by path:line. A quarantine row goes when its record, or the file that it is a line of, is read
-again without the trouble.
+Reading the same again writes nothing, and where the files' fingerprint is that of the last run the job spares it; a
+changed file updates its document; what is gone from the source is kept. Of two whole records with one id the first, by
+path and line, is the document, however the files are spread; the others are `duplicate_id`, known by path:line. A
+quarantine row goes when its record, or the file that it is a line of, is read again without the trouble.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from pipelines import lake as lakehouse
 from pipelines.errors import LakeError
 from pipelines.ingest.config import IngestConfig, SourceConfig
 from pipelines.ingest.lines import RAW_BYTES
-from pipelines.ingest.listing import Entry, Listing, list_source
+from pipelines.ingest.listing import Entry, Listing, fingerprints, list_sources
 from pipelines.ingest.read import Reading, read_entry
 from pipelines.ingest.records import Outcome
+from pipelines.sql import literals
 from pipelines.tables import BRONZE_DOCUMENTS, BRONZE_QUARANTINE, TIMESTAMP
 
 _PATHS = pa.schema(
@@ -78,9 +79,8 @@ def run(spark: SparkSession, lake: str, config: IngestConfig, *, run_id: str) ->
     that are compiled or media by their name), inserted, updated and what the tables now hold (`table_...`).
     Raises LakeError, exit code 2, for no input or a path that is not there; 1 where the counts do not add up.
     """
-    sources = config.resolved_sources()
-    exclude = None if "://" in lake else lake
-    listings = [list_source(i, source, exclude=exclude) for i, source in enumerate(sources)]
+    listed = list_sources(config, lake)
+    sources, listings = tuple(listed), list(listed.values())
     entries = [entry for listing in listings for entry in listing.entries]
     if not entries:
         where = ", ".join(source.path for source in sources)
@@ -100,7 +100,7 @@ def run(spark: SparkSession, lake: str, config: IngestConfig, *, run_id: str) ->
         added = lakehouse.sync(spark, lake, BRONZE_DOCUMENTS, documents, delete=False)
         quarantine = _quarantine(settled, run_id)
         kept = _kept_quarantine(spark, lake, settled, sources, listings)
-        scope = "source IN (" + ", ".join(_literal(source.name) for source in sources) + ")"
+        scope = f"source IN ({literals(source.name for source in sources)})"
         held = lakehouse.sync(
             spark, lake, BRONZE_QUARANTINE, quarantine.unionByName(kept) if kept else quarantine, scope=scope
         )
@@ -112,8 +112,8 @@ def run(spark: SparkSession, lake: str, config: IngestConfig, *, run_id: str) ->
     for name, table in (("documents", BRONZE_DOCUMENTS), ("quarantine", BRONZE_QUARANTINE)):
         counts[f"table_{name}"] = lakehouse.read(spark, lake, table).count()
     return lakehouse.StageResult(
-        job="ingest",
         counts=counts,
+        inputs=fingerprints(listed),
         outputs={BRONZE_DOCUMENTS.name: added.version, BRONZE_QUARANTINE.name: held.version},
     )
 
@@ -339,8 +339,3 @@ def _kept_quarantine(
         .join(places, ["source", "place"], "left_anti")
         .select(*BRONZE_QUARANTINE.schema.names)
     )
-
-
-def _literal(text: str) -> str:
-    """A SQL string literal."""
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"

@@ -23,7 +23,7 @@ from pipelines.lake import StageResult
 from pipelines.pack.config import PackConfig
 from pipelines.pack.packing import Piece, best_fit, concat
 from pipelines.tables import END_OF_TEXT, GOLD_SEQUENCES, GOLD_TOKENS, PAD
-from pipelines.tokenize.train import chosen_tokenizer, tokenizer_json
+from pipelines.tokenize.train import chosen_tokenizer, tokenizer_input, tokenizer_json
 
 # A group has at least this many sequences, so that its last, half empty ones weigh little.
 SEQUENCES_A_GROUP = 128
@@ -36,7 +36,6 @@ def run(spark: SparkSession, lake: str, config: PackConfig, *, run_id: str) -> S
 
     Raises LakeError (exit code 2) when gold.tokens holds nothing of the tokenizer.
     """
-    tables_of.ensure(spark, lake, GOLD_SEQUENCES)
     tokenizer_id = chosen_tokenizer(lake, config.tokenizer)
     version = tables_of.version(spark, lake, GOLD_TOKENS)
     tokens = tables_of.read(spark, lake, GOLD_TOKENS, version).where(F.col("tokenizer_id") == tokenizer_id)
@@ -48,6 +47,7 @@ def run(spark: SparkSession, lake: str, config: PackConfig, *, run_id: str) -> S
     end, pad = tokenizer.token_to_id(END_OF_TEXT), tokenizer.token_to_id(PAD)
     if end is None or pad is None:
         raise LakeError(f"Tokenizer {tokenizer_id} lacks {END_OF_TEXT} or {PAD}: train one, or add them to it.", 2)
+    tables_of.ensure(spark, lake, GOLD_SEQUENCES)
     packer = Packer(config, tokenizer_id=tokenizer_id, end=end, pad=pad)
     scope = f"tokenizer_id = '{tokenizer_id}' AND sequence_length = {config.sequence_length}"
     written = tables_of.sync(spark, lake, GOLD_SEQUENCES, packer.pack(tokens), scope=scope)
@@ -59,9 +59,8 @@ def run(spark: SparkSession, lake: str, config: PackConfig, *, run_id: str) -> S
         counts["padding"] += int(row[2])
     counts["tokens"] = counts["sequences"] * config.sequence_length - counts["padding"]
     return StageResult(
-        job="pack",
         counts=counts,
-        inputs={GOLD_TOKENS.name: version or 0},
+        inputs={GOLD_TOKENS.name: version or 0, **tokenizer_input(tokenizer_id)},
         outputs={GOLD_SEQUENCES.name: written.version},
     )
 
@@ -132,6 +131,8 @@ class Packer:
             at += piece.length
             name.append(f"{ids[piece.document]} {piece.offset} {piece.length}")
         pad_count = length - at
+        # The id stands for the content: a document that changes and keeps its length is another sequence.
+        name.append(hashlib.sha256(row.tobytes()).hexdigest())
         return {
             "sequence_id": hashlib.sha256("\n".join(name).encode()).hexdigest(),
             "split": split,

@@ -19,7 +19,7 @@ from pipelines import lake as tables_of
 from pipelines.lake import StageResult
 from pipelines.tables import GOLD_TOKENS, SILVER_DOCUMENTS, SILVER_DUPLICATES
 from pipelines.tokenize.config import TokenizeConfig
-from pipelines.tokenize.train import chosen_tokenizer, kept_documents, tokenizer_json
+from pipelines.tokenize.train import chosen_tokenizer, kept_documents, tokenizer_input, tokenizer_json
 
 Batches = Iterator[pa.RecordBatch]
 # Texts that are encoded at a time (characters): encodings, far larger than their tokens, are held together.
@@ -29,10 +29,11 @@ _HASH_DIGITS = 12
 
 def run(spark: SparkSession, lake: str, config: TokenizeConfig, *, run_id: str) -> StageResult:
     """Bring the tokenizer's edition of gold.tokens in line with silver. Raises LakeError when there is no tokenizer."""
-    tables_of.ensure(spark, lake, GOLD_TOKENS)
     tokenizer_id = chosen_tokenizer(lake, config.tokenizer)
     inputs = {t.name: tables_of.version(spark, lake, t) for t in (SILVER_DOCUMENTS, SILVER_DUPLICATES)}
-    documents = kept_documents(spark, lake, inputs).select(
+    kept = kept_documents(spark, lake, inputs)
+    tables_of.ensure(spark, lake, GOLD_TOKENS)
+    documents = kept.select(
         "document_id",
         "source",
         "kind",
@@ -51,9 +52,8 @@ def run(spark: SparkSession, lake: str, config: TokenizeConfig, *, run_id: str) 
         counts["documents"] += int(row[1])
         counts["tokens"] += int(row[2])
     return StageResult(
-        job="tokenize",
         counts=counts,
-        inputs={name: version for name, version in inputs.items() if version is not None},
+        inputs={n: v for n, v in inputs.items() if v is not None} | tokenizer_input(tokenizer_id),
         outputs={GOLD_TOKENS.name: written.version},
     )
 

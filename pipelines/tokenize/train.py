@@ -45,9 +45,7 @@ def run(spark: SparkSession, lake: str, config: TrainTokenizerConfig, *, run_id:
     Raises LakeError when no accepted document has text.
     """
     if not config.retrain and (found := default_tokenizer(lake)):
-        return StageResult(
-            job="train-tokenizer", counts={"trained": 0, "vocabulary": _size(lake, found)}, unchanged=True
-        )
+        return StageResult(counts={"trained": 0, "vocabulary": _size(lake, found)}, unchanged=True)
     inputs = {t.name: tables_of.version(spark, lake, t) for t in (SILVER_DOCUMENTS, SILVER_DUPLICATES)}
     sample = Sample(kept_documents(spark, lake, inputs), config)
     trained = train(sample, config.vocab_size)
@@ -63,7 +61,7 @@ def run(spark: SparkSession, lake: str, config: TrainTokenizerConfig, *, run_id:
         "characters": sample.characters,
     }
     read = {name: version for name, version in inputs.items() if version is not None}
-    return StageResult(job="train-tokenizer", counts=counts, inputs=read)
+    return StageResult(counts=counts, inputs=read)
 
 
 def kept_documents(spark: SparkSession, lake: str, versions: dict[str, int | None]) -> DataFrame:
@@ -147,6 +145,11 @@ def chosen_tokenizer(lake: str, asked: str | None) -> str:
     if read_file(tokenizer_uri(lake, found)) is None:
         raise LakeError(f"{tokenizer_uri(lake, found)} is not there: name a tokenizer of this lake, or train one.", 2)
     return found
+
+
+def tokenizer_input(tokenizer_id: str) -> dict[str, int]:
+    """How a run's record names the tokenizer that it read, as it names tables at versions: 63 bits of its id."""
+    return {"tokenizer": int(tokenizer_id[:16], 16) >> 1}
 
 
 def tokenizer_json(lake: str, tokenizer_id: str) -> str:

@@ -76,3 +76,19 @@ def test_help_lists_fields_with_unit_and_default(capsys: pytest.CaptureFixture[s
     printed = capsys.readouterr().out
     assert "--train.learning-rate" in printed
     assert "(1/step) (default: 0.0003)" in " ".join(printed.split())
+
+
+def test_the_environment_names_the_file_and_a_flag_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    named, flagged = tmp_path / "named.yaml", tmp_path / "flagged.yaml"
+    named.write_text("lake: /named\n")
+    flagged.write_text("lake: /flagged\n")
+    monkeypatch.setenv("LAKEMOE_CONFIG", str(named))
+    assert read().lake == "/named"
+    assert read("--config", str(flagged)).lake == "/flagged"
+
+
+def test_a_file_names_no_other_file(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("config: other.yaml\n")
+    with pytest.raises(UsageError, match="unknown key 'config'"):
+        read("--config", str(file))

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -157,6 +158,23 @@ def test_a_registration_killed_before_the_version_is_finished_with_its_files(
     put(world, 2, "killed")
     experiment = experiment_id(world.client, world.lake)
     assert len([m for m in world.client.search_logged_models([experiment]) if m.name == "killed"]) == 1
+
+
+def test_a_registration_killed_before_the_alias_gets_it_the_next_time(
+    world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def die(*args: Any, **kwargs: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "set_registered_model_alias", die)
+        with pytest.raises(Killed):
+            put(world, 2, "unnamed")
+    assert put(world, 2, "unnamed").created is False
+    assert str(world.client.get_model_version_by_alias("unnamed", "challenger").version) == "1"
 
 
 def test_a_version_leads_back_by_its_tags_version_zero_included(world: Any) -> None:
@@ -316,6 +334,66 @@ def test_a_damaged_checkpoint_and_a_bad_name_are_sentences(world: Any, tmp_path:
     with pytest.raises(ModelError, match="cannot be a model's name") as error:
         put(world, 0, "a/b")
     assert error.value.exit_code == 2
+
+
+@pytest.mark.parametrize("read", ["load", "lineage", "promote"])
+def test_reading_a_lake_without_a_store_makes_nothing(
+    read: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    typo = tmp_path / "typo"
+    calls = {
+        "load": lambda: load("models:/small@champion", lake=str(typo)),
+        "lineage": lambda: lineage("models:/small@champion", lake=str(typo)),
+        "promote": lambda: promote("small", "1", lake=str(typo), held_out_loss=lambda _: 1.0),
+    }
+    with pytest.raises(ModelError, match=f"There is no {typo}/mlflow.db; register and promote a model first") as error:
+        calls[read]()
+    assert error.value.exit_code == 1
+    assert not typo.exists()
+
+
+FIRST_USE = """
+import sys, time
+from pathlib import Path
+from model.registry.store import connect
+lake, ready, go, delay = sys.argv[1:]
+Path(ready).touch()
+while not Path(go).exists():
+    time.sleep(0.01)
+time.sleep(float(delay))
+print(len(connect(lake).search_experiments()))
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_use_a_lake_first_together_make_one_store(tmp_path: Path) -> None:
+    lake, go = tmp_path / "lake", tmp_path / "go"
+    lake.mkdir()
+    (lake / ".mlflow.db.new").write_bytes(b"half of a store that a killed process left")
+    ready = [tmp_path / f"ready-{number}" for number in range(3)]
+    env = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
+    env["PYTHONPATH"] = str(Path(__file__).parents[3])
+    processes = [
+        # The later ones come while the first one migrates, which takes seconds.
+        subprocess.Popen(
+            [sys.executable, "-c", FIRST_USE, str(lake), str(path), str(go), str(0.3 * number)],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number, path in enumerate(ready)
+    ]
+    until = time.monotonic() + 120
+    while not all(path.exists() for path in ready):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    go.touch()
+    for process in processes:
+        out, errors = process.communicate(timeout=120)
+        assert (process.returncode, out.strip()) == (0, "1"), errors
+    assert sorted(p.name for p in lake.iterdir()) == [".mlflow.db.lock", "mlflow.db"]
 
 
 def test_an_object_store_lake_needs_a_tracking_server(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from mlflow import MlflowClient
 
 from model.errors import ModelError
 from model.registry.load import open_weights
+from model.registry.register import lineage_tags
+from model.registry.store import tracking_uri
 from model.train import trainer
 from model.train.checkpoint import find_checkpoint, read_checkpoint
 from model.train.config import TrainConfig, TrainSummary
@@ -36,8 +38,9 @@ class Case(TrainConfig):
         return self.output_folder(self.lake)
 
 
-def train(case: Case) -> TrainSummary:
-    return trainer.train(case.lake, TrainConfig(**case.model_dump(exclude={"lake"})))
+def train(case: Case, code_version: str | None = None) -> TrainSummary:
+    config = TrainConfig(**case.model_dump(exclude={"lake"}))
+    return trainer.train(case.lake, config, code_version=code_version)
 
 
 TINY = {
@@ -61,17 +64,21 @@ def empty_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def settings(write_sequences: WriteSequences, tmp_path: Path, empty_mlflow: Path) -> Callable[..., Case]:
-    """settings(name="a", **fields) -> a training of a tiny model on the test's lake, 8 steps."""
+def settings(write_sequences: WriteSequences, tmp_path: Path, empty_mlflow: Path) -> Iterator[Callable[..., Case]]:
+    """settings(name="a", **fields) -> a training of a tiny model on the test's lake, 8 steps; one store for all lakes.
+
+    The store is named in an environment of its own: a test's monkeypatch.undo() leaves it.
+    """
     lake = write_sequences()
     shutil.copy(empty_mlflow, tmp_path / "mlflow.db")
 
     def make(name: str = "a", **fields: Any) -> Case:
         common = {"steps": 8, "global_batch_size": 4, "checkpoint_every": 3, "warmup_steps": 2, "device": "cpu"}
-        uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-        return Case(**{"lake": lake, "name": name, "overrides": TINY, "tracking_uri": uri, **common, **fields})
+        return Case(**{"lake": lake, "name": name, "overrides": TINY, **common, **fields})
 
-    return make
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+        yield make
 
 
 def _weights(config: Case) -> bytes:
@@ -86,12 +93,12 @@ def _curve(config: Case) -> list[tuple[int, float, float, float]]:
 
 
 def _mlflow_curve(config: Case, run_id: str) -> list[tuple[int, float]]:
-    history = MlflowClient(tracking_uri=config.tracking_uri).get_metric_history(run_id, "loss")
+    history = MlflowClient(tracking_uri=tracking_uri(config.lake)).get_metric_history(run_id, "loss")
     return [(m.step, m.value) for m in history]
 
 
 def _runs(config: Case) -> list[Any]:
-    client = MlflowClient(tracking_uri=config.tracking_uri)
+    client = MlflowClient(tracking_uri=tracking_uri(config.lake))
     experiment = client.get_experiment_by_name(config.experiment)
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id])
@@ -143,6 +150,7 @@ def test_accumulated_gradients_are_the_batchs(settings: Callable[..., Case]) -> 
     train(parts)
     for a, b in zip(_curve(whole), _curve(parts), strict=True):
         assert a[1] == pytest.approx(b[1], rel=1e-4)
+        assert a[3] == pytest.approx(b[3], rel=1e-3)  # AdamW and clipping hide a gradient's size from the loss
 
 
 PROGRAM = """
@@ -208,6 +216,7 @@ def test_sigterm_saves_and_ends_with_75(settings: Callable[..., Case]) -> None:
     process.terminate()
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 75, out
+    assert [r.info.status for r in _runs(config)] == ["KILLED"]
     assert "run again" in out
     found, _ = find_checkpoint(config.output_path / "checkpoints")
     assert found is not None
@@ -350,3 +359,19 @@ def test_a_loss_that_is_not_finite_names_its_sequences(settings: Callable[..., C
         train(config)
     bad = json.loads((config.output_path / "bad_batch.json").read_text())
     assert len(bad["sequence_ids"]) == 4
+    (run,) = _runs(config)
+    assert run.info.status == "FAILED"
+
+
+def test_the_manifest_keeps_the_code_version_that_the_training_began_with(
+    settings: Callable[..., Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings()
+    _stop_after(monkeypatch, 4)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, "1.0+first")
+    monkeypatch.undo()
+    summary = train(config, "1.0+second")  # another commit goes on
+    manifest = read_checkpoint(Path(summary.checkpoint)).manifest
+    assert manifest["code_version"] == "1.0+first"
+    assert lineage_tags(manifest)["lakemoe.code_version"] == "1.0+first"

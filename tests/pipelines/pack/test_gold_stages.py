@@ -92,6 +92,10 @@ def test_from_silver_to_sequences(spark: SparkSession, lake: str) -> None:
     for s in short:
         assert {gold[d]["kind"] for d in s["document_ids"]} == {s["domain"]}
         assert {gold[d]["split"] for d in s["document_ids"]} == {s["split"]}
+    # What they read is named, the tokenizer too, so that another tokenizer is another input.
+    (tokenizer_id,) = {s["tokenizer_id"] for s in sequences}
+    assert made.inputs.keys() == {SILVER_DOCUMENTS.name, SILVER_DUPLICATES.name, "tokenizer"}
+    assert packed.inputs["tokenizer"] == made.inputs["tokenizer"] == int(tokenizer_id[:16], 16) // 2
     with pytest.raises(LakeError, match="is not there"):
         pack(spark, lake, PackConfig(tokenizer="0" * 64), run_id="r")
 

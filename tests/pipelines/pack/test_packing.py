@@ -103,3 +103,15 @@ def test_sequences_give_the_documents_back(lengths: list[int], sequence_length: 
         # Tokens rise through a document, so its pieces are put in order by their first; its end token alone comes last.
         pieces = sorted(found[f"d{i}"], key=lambda piece: (piece[0] == END, piece[0]))
         assert [t for piece in pieces for t in piece] == [*range(2, 2 + n), END]
+
+
+def test_other_tokens_of_equal_number_are_another_sequence() -> None:
+    packer = Packer(PackConfig.model_validate({"sequence_length": 8}), tokenizer_id="t", end=END, pad=PAD)
+    table = documents([3, 9])
+    first = np.frombuffer(table["tokens"][0].as_py(), "<u4") + 1
+    tokens = pa.array([first.tobytes(), table["tokens"][1].as_py()], pa.binary())
+    other = table.set_column(table.schema.get_field_index("tokens"), "tokens", tokens)
+    before, after = (pa.Table.from_batches(packer.sequences("train", "text", t)).to_pylist() for t in (table, other))
+    for one, two in zip(before, after, strict=True):
+        assert (one["sequence_id"] == two["sequence_id"]) == (one["tokens"] == two["tokens"])
+    assert before != after

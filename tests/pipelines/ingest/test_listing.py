@@ -1,0 +1,81 @@
+"""The fingerprint of a source: equal while nothing changes, another for every change that could be read."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipelines.ingest.config import IngestConfig, SourceConfig
+from pipelines.ingest.listing import fingerprints, list_sources
+
+
+def version(folder: Path, lake: str = "") -> int | None:
+    config = IngestConfig(sources=(SourceConfig(path=str(folder)),))
+    return fingerprints(list_sources(config, lake)).get(f"files:{folder.name}")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A source that is old enough to be known by its fingerprint: the clock is an hour ahead."""
+    now = time.time_ns
+    monkeypatch.setattr(time, "time_ns", lambda: now() + 3600 * 10**9)
+    folder = tmp_path / "source"
+    (folder / "below").mkdir(parents=True)
+    (folder / "a.txt").write_text("one")
+    (folder / "below" / "b.txt").write_text("two")
+    return folder
+
+
+def _same_size_old_time(folder: Path) -> None:
+    status = (folder / "a.txt").stat()
+    (folder / "a.txt").write_text("ONE")
+    os.utime(folder / "a.txt", ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "added": lambda folder: (folder / "c.txt").write_text("three"),
+    "removed": lambda folder: (folder / "below" / "b.txt").unlink(),
+    "renamed": lambda folder: (folder / "a.txt").rename(folder / "z.txt"),
+    "grown": lambda folder: (folder / "a.txt").write_text("one and more"),
+    "rewritten, the time set back": _same_size_old_time,
+    "made unreadable": lambda folder: (folder / "a.txt").chmod(0),
+    "empty folder added": lambda folder: (folder / "empty").mkdir(),
+    "skipped file added": lambda folder: (folder / "a.png").touch(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_every_change_shows(folder: Path, change: Callable[[Path], object]) -> None:
+    before = version(folder)
+    assert before is not None
+    assert version(folder) == before
+    time.sleep(0.02)  # one tick of the file system's clock, for the changes that keep size and name
+    change(folder)
+    assert version(folder) not in (None, before)
+
+
+def test_the_lake_in_the_source_is_no_change(folder: Path) -> None:
+    lake = folder / "lake"
+    before = version(folder, str(lake))
+    lake.mkdir()
+    (lake / "part.parquet").write_text("rows")
+    assert version(folder, str(lake)) == before
+
+
+def test_a_file_just_written_has_no_fingerprint(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one")
+    assert version(tmp_path) is None
+
+
+def test_one_source_without_a_fingerprint_leaves_none(folder: Path, tmp_path: Path) -> None:
+    new = tmp_path / "new"
+    new.mkdir()
+    (new / "a.txt").write_text("one")
+    later = time.time_ns()
+    os.utime(new / "a.txt", ns=(later, later))
+    config = IngestConfig(sources=tuple(SourceConfig(path=str(path)) for path in (folder, new)))
+    assert fingerprints(list_sources(config, "")) == {}
