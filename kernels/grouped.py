@@ -1,276 +1,198 @@
-"""Triton kernels of the dropless mixture of experts: matrix products over rows that are sorted by expert.
+"""The dropless mixture of experts on a GPU: which products run, in which order, on which memory.
 
     forward    h = x[tok] w1^T,  u = x[tok] v1^T,  a = act(h) * u,  out = a w2,  y_t = sum_k weight_tk out[inverse_tk]
     backward   g = dy[tok] w2^T,  dweight = <g, a>,  da = weight g,  dh = da u act'(h),  du = da act(h)
                dx_t = sum_k (dh w1 + du v1)[inverse_tk]
                dw1 = dh^T x[tok],  dv1 = du^T x[tok],  dw2 = (weight a)^T dy[tok]
 
-Data movement: rows of x and dy are gathered by the product that reads them, never copied; products go tile by tile of
-the routing's tile map, whose length the host knows from shapes, and tiles past the last do nothing. Sums over k and
-over a row run in one program in a fixed order: no atomics, the same bits every run. Backward needs x, h, u, routing.
-
-This is a first, portable path (pointer loads, activation in its own pass); it needs a CUDA device or the interpreter.
+Data movement: forward is two products and a sum. The first gathers the tokens' rows and leaves h, u and a; the second
+leaves one row an assignment, which the sum weighs and adds up token by token. Backward is four products (three where
+there is no gate) and two sums; only x, h, u and the routing are kept for it, a is made again from h and u in the
+product that needs it. No atomics: every sum has a fixed order.
 
 Legend: T tokens, D model width, F expert width, E experts, K chosen experts a token, N = T*K assignments.
 """
 
-# mypy: disable-error-code="no-untyped-def"
-# Triton gives meaning to a kernel's annotations: a parameter without one is a run-time value.
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
+from triton.tools.ragged_tma import create_ragged_descriptor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels.products import activate_backward_kernel, combine_kernel, copy_kernel, rows_kernel, weights_kernel
 from kernels.routing import Routing
+from kernels.tiles import Tile, Tiles, power_of_two, tiles
 
-
-@triton.jit
-def _activate(h, ACTIVATION: tl.constexpr):
-    """act(h) and act'(h), h in float32."""
-    if ACTIVATION == "silu":
-        s = tl.sigmoid(h)
-        value = h * s
-        slope = s * (1 + h * (1 - s))
-    elif ACTIVATION == "gelu":
-        cdf = 0.5 * (1 + tl.erf(h * 0.7071067811865476))
-        value = h * cdf
-        slope = cdf + h * 0.3989422804014327 * tl.exp(-0.5 * h * h)
-    else:
-        # (1 + tanh(z)) / 2 = sigmoid(2 z)
-        s = tl.sigmoid(1.5957691216057308 * (h + 0.044715 * h * h * h))
-        value = h * s
-        slope = s + h * s * (1 - s) * 1.5957691216057308 * (1 + 0.134145 * h * h)
-    return value, slope
-
-
-@triton.jit
-def _multiply(
-    acc, a_ptr, b_ptr, start, row_mask, col_mask, DEPTH, a_depth, b_depth, BK: tl.constexpr, PRECISION: tl.constexpr
-):
-    """acc plus the product of BK columns of a, from ``start`` on, with those rows of b."""
-    d = start + tl.arange(0, BK)
-    a_tile = tl.load(a_ptr + d.to(tl.int64)[None, :] * a_depth, row_mask[:, None] & (d < DEPTH)[None, :], other=0.0)
-    b_tile = tl.load(b_ptr + d.to(tl.int64)[:, None] * b_depth, (d < DEPTH)[:, None] & col_mask[None, :], other=0.0)
-    return tl.dot(a_tile, b_tile, acc, input_precision=PRECISION)
-
-
-@triton.jit
-def _accumulate(
-    acc, a, b, row, row_mask, col, expert, COLS, DEPTH, a_row, a_depth, b_expert, b_col, b_depth,
-    BK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """acc[i, j] += sum over d of a[row_i, d] * b[expert, col_j, d]; what lies past a mask counts as zero."""
-    a_ptr = a + row.to(tl.int64)[:, None] * a_row
-    b_ptr = b + expert.to(tl.int64) * b_expert + col.to(tl.int64)[None, :] * b_col
-    col_mask = col < COLS
-    if a.dtype.element_ty == tl.float32:
-        # In runs: one long float32 sum rounds by its length, and the unfused products' blocked sums do not.
-        for first in range(0, DEPTH, 8 * BK):
-            part = tl.zeros_like(acc)
-            for start in range(first, tl.minimum(first + 8 * BK, DEPTH), BK):
-                part = _multiply(part, a_ptr, b_ptr, start, row_mask, col_mask, DEPTH, a_depth, b_depth, BK, PRECISION)
-            acc += part
-    else:
-        for start in range(0, DEPTH, BK):
-            acc = _multiply(acc, a_ptr, b_ptr, start, row_mask, col_mask, DEPTH, a_depth, b_depth, BK, PRECISION)
-    return acc
-
-
-@triton.jit
-def _rows_kernel(
-    a, b, a2, b2, c, order, offsets, tile_expert, tile_row, tiles, E, COLS, DEPTH, top_k,
-    a_row, a_depth, b_expert, b_col, b_depth, b2_expert, b2_col, b2_depth,
-    GATHER: tl.constexpr, TWO: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    GROUP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    # GROUP row tiles walk through the columns together, so that they share the expert's weights in L2.
-    pid = tl.program_id(0)
-    group_size = GROUP * tl.cdiv(COLS, BN)
-    first = (pid // group_size) * GROUP
-    height = tl.minimum(tiles - first, GROUP)
-    tile = first + (pid % group_size) % height
-    col = ((pid % group_size) // height) * BN + tl.arange(0, BN)
-
-    expert = tl.load(tile_expert + tile)
-    if expert < E:
-        n = tl.load(tile_row + tile) + tl.arange(0, BM)
-        n_mask = n < tl.load(offsets + expert + 1)
-        row = n
-        if GATHER:
-            row = tl.load(order + n, n_mask, other=0) // top_k
-        acc = tl.zeros((BM, BN), tl.float32)
-        acc = _accumulate(
-            acc, a, b, row, n_mask, col, expert, COLS, DEPTH, a_row, a_depth, b_expert, b_col, b_depth, BK, PRECISION
-        )
-        if TWO:
-            acc = _accumulate(
-                acc, a2, b2, row, n_mask, col, expert, COLS, DEPTH, a_row, a_depth, b2_expert, b2_col, b2_depth,
-                BK, PRECISION,
-            )  # fmt: skip
-        c_ptr = c + n.to(tl.int64)[:, None] * COLS + col[None, :]
-        tl.store(c_ptr, acc.to(c.dtype.element_ty), n_mask[:, None] & (col < COLS)[None, :])
-
-
-@triton.jit
-def _multiply_rows(
-    acc, left, right, order, start, end, f, d, F, D, top_k, right_row, right_col,
-    BN: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """acc plus the outer products of BN rows, from ``start`` on; rows from ``end`` on count as zero."""
-    n = start + tl.arange(0, BN)
-    token = tl.load(order + n, n < end, other=0) // top_k
-    l_ptr = left + n.to(tl.int64)[None, :] * F + f[:, None]
-    l_tile = tl.load(l_ptr, (n < end)[None, :] & (f < F)[:, None], other=0.0)
-    r_ptr = right + token.to(tl.int64)[:, None] * right_row + d.to(tl.int64)[None, :] * right_col
-    r_tile = tl.load(r_ptr, (n < end)[:, None] & (d < D)[None, :], other=0.0)
-    return tl.dot(l_tile, r_tile, acc, input_precision=PRECISION)
-
-
-@triton.jit
-def _weights_kernel(
-    left, right, dw, order, offsets, F, D, top_k, right_row, right_col,
-    BF: tl.constexpr, BD: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """dw[e, f, d] = sum over the rows n of e of left[n, f] * right[token(n), d]; zeros for an expert without rows."""
-    pid = tl.program_id(0)
-    expert = tl.program_id(1)
-    f = (pid // tl.cdiv(D, BD)) * BF + tl.arange(0, BF)
-    d = (pid % tl.cdiv(D, BD)) * BD + tl.arange(0, BD)
-    begin = tl.load(offsets + expert)
-    end = tl.load(offsets + expert + 1)
-    acc = tl.zeros((BF, BD), tl.float32)
-    if left.dtype.element_ty == tl.float32:
-        for first in range(begin, end, 8 * BN):  # in runs, as _accumulate's sums
-            part = tl.zeros_like(acc)
-            for start in range(first, tl.minimum(first + 8 * BN, end), BN):
-                part = _multiply_rows(
-                    part, left, right, order, start, end, f, d, F, D, top_k, right_row, right_col, BN, PRECISION
-                )
-            acc += part
-    else:
-        for start in range(begin, end, BN):
-            acc = _multiply_rows(
-                acc, left, right, order, start, end, f, d, F, D, top_k, right_row, right_col, BN, PRECISION
-            )
-    dw_ptr = dw + (expert.to(tl.int64) * F + f.to(tl.int64)[:, None]) * D + d[None, :]
-    tl.store(dw_ptr, acc.to(dw.dtype.element_ty), (f < F)[:, None] & (d < D)[None, :])
-
-
-@triton.jit
-def _activate_kernel(h, u, a, F, GATED: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
-    f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    at = tl.program_id(0).to(tl.int64) * F + f
-    value, _ = _activate(tl.load(h + at, f < F, other=0.0).to(tl.float32), ACTIVATION)
-    if GATED:
-        value *= tl.load(u + at, f < F, other=0.0).to(tl.float32)
-    tl.store(a + at, value.to(a.dtype.element_ty), f < F)
-
-
-@triton.jit
-def _activate_backward_kernel(
-    h, u, g, dh, du, weight, dweight, order, F,
-    GATED: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One row n: writes dh, du and dweight, and weight * a over g."""
-    n = tl.program_id(0)
-    assignment = tl.load(order + n)
-    scale = tl.load(weight + assignment).to(tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, F, BLOCK):
-        f = start + tl.arange(0, BLOCK)
-        at = n.to(tl.int64) * F + f
-        a, slope = _activate(tl.load(h + at, f < F, other=0.0).to(tl.float32), ACTIVATION)
-        da = tl.load(g + at, f < F, other=0.0).to(tl.float32)
-        if GATED:
-            up = tl.load(u + at, f < F, other=0.0).to(tl.float32)
-            tl.store(du + at, (scale * da * a).to(du.dtype.element_ty), f < F)
-            a *= up
-            slope *= up
-        total += da * a
-        tl.store(dh + at, (scale * da * slope).to(dh.dtype.element_ty), f < F)
-        tl.store(g + at, (scale * a).to(g.dtype.element_ty), f < F)
-    tl.store(dweight + assignment, tl.sum(total, 0).to(dweight.dtype.element_ty))
-
-
-@triton.jit
-def _combine_kernel(rows, weight, inverse, y, D, top_k, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):
-    """y[t] = sum over k of weight[t, k] * rows[inverse[t, k]]"""
-    t = tl.program_id(0)
-    d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for k in range(top_k):
-        assignment = t * top_k + k
-        n = tl.load(inverse + assignment).to(tl.int64)
-        value = tl.load(rows + n * D + d, d < D, other=0.0).to(tl.float32)
-        if WEIGHTED:
-            value *= tl.load(weight + assignment).to(tl.float32)
-        acc += value
-    tl.store(y + t.to(tl.int64) * D + d, acc.to(y.dtype.element_ty), d < D)
-
-
-def _block(size: int, largest: int) -> int:
-    return min(largest, max(16, triton.next_power_of_2(size)))
+_ALIGNMENT = 16  # bytes, of what a TMA descriptor points to and of its strides
+_FARTHEST = 2**40  # bytes, the largest stride of a TMA descriptor
 
 
 def _precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def _rows(
-    a: Tensor,
-    b_ECD: Tensor,
-    routing: Routing,
-    top_k: int = 0,
-    second: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
-    """[N, C]: each sorted row of `a` times its expert's b[e]^T, plus those of a second pair of equal shapes.
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    # The interpreter runs one program after the other: a few of them still walk over several tiles each.
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
-    With top_k, `a` holds tokens [T, depth] and a row's token is gathered; else it holds sorted rows [N, depth].
-    `b_ECD` is [E, columns, depth] with any strides: a transposed view gives the product without transposition.
+
+def _describable(tensor: Tensor) -> Tensor:
+    """The tensor, or a contiguous copy where its memory has not the form that TMA can address."""
+    size = tensor.element_size()
+    regular = tensor.stride(-1) == 1 and all(s * size % _ALIGNMENT == 0 and s > 0 for s in tensor.stride()[:-1])
+    if regular and tensor.data_ptr() % _ALIGNMENT == 0:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+class Halves:
+    """One or two tensors [E, X, Y] as one [E, 1 or 2, X, Y]: two lie as far apart as they happen to.
+
+    swap: 1 where the second comes first in memory.
     """
-    E, C, depth = b_ECD.shape
-    c_NC = a.new_empty(routing.order.shape[0], C)
-    if c_NC.shape[0] == 0:
-        return c_NC
-    a2, b2 = second or (a, b_ECD)
-    small = a.element_size() < 4
-    BN, BK = _block(C, 128 if small else 64), _block(depth, 64 if small else 32)
-    tiles = routing.tile_expert.shape[0]
-    _rows_kernel[(tiles * triton.cdiv(C, BN),)](
-        a, b_ECD, a2, b2, c_NC, routing.order, routing.offsets, routing.tile_expert, routing.tile_row,
-        tiles, E, C, depth, top_k, *a.stride(), *b_ECD.stride(), *b2.stride(),
-        GATHER=top_k > 0, TWO=second is not None, BM=routing.tile_rows, BN=BN, BK=BK, GROUP=8, PRECISION=_precision(),
-        num_warps=8 if routing.tile_rows * BN >= 128 * 128 else 4, num_stages=3,
-    )  # fmt: skip
-    return c_NC
+
+    def __init__(self, first: Tensor, second: Tensor | None = None) -> None:
+        self.swap = 0
+        E, X, Y = first.shape
+        if second is None:
+            self.tensor, self.shape, self.strides = first, [E, 1, X, Y], [first.stride(0), *first.stride()]
+            return
+        distance = second.data_ptr() - first.data_ptr()
+        if first.stride() != second.stride() or distance % _ALIGNMENT or abs(distance) >= _FARTHEST:
+            self.tensor = torch.stack([first, second], 1)
+            self.shape, self.strides = list(self.tensor.shape), list(self.tensor.stride())
+            return
+        self.swap = int(distance < 0)
+        self.tensor, self.shape = second if self.swap else first, [E, 2, X, Y]
+        self.strides = [first.stride(0), abs(distance) // first.element_size(), *first.stride()[1:]]
+
+    def descriptor(self, block: list[int]) -> TensorDescriptor:
+        return TensorDescriptor(self.tensor, self.shape, self.strides, block)
 
 
-def _weights(left_NF: Tensor, right_TD: Tensor, routing: Routing, top_k: int) -> Tensor:
-    """[E, F, D]: sum over each expert's rows of left[n] (outer) right[token(n)]."""
-    E, F, D = routing.tokens_per_expert.shape[0], left_NF.shape[1], right_TD.shape[1]
-    dw_EFD = left_NF.new_empty(E, F, D)
-    small = left_NF.element_size() < 4
-    BF, BD = _block(F, 128), _block(D, 128 if small else 64)
-    _weights_kernel[(triton.cdiv(F, BF) * triton.cdiv(D, BD), E)](
-        left_NF, right_TD, dw_EFD, routing.order, routing.offsets, F, D, top_k, *right_TD.stride(),
-        BF=BF, BD=BD, BN=min(routing.tile_rows, 64 if small else 32), PRECISION=_precision(),
-        num_warps=8 if BF * BD >= 128 * 128 else 4, num_stages=3,
-    )  # fmt: skip
-    return dw_EFD
+def _programs(tile: Tile, most: int, device: torch.device) -> int:
+    return max(1, min(most, tile.programs * _multiprocessors(device)))
 
 
-def _combine(rows_ND: Tensor, weight_TK: Tensor | None, routing: Routing, tokens: int) -> Tensor:
-    D = rows_ND.shape[1]
-    y_TD = rows_ND.new_empty(tokens, D)
-    if tokens:
-        block = _block(D, 1024)
-        _combine_kernel[(tokens, triton.cdiv(D, block))](
-            rows_ND, rows_ND if weight_TK is None else weight_TK, routing.inverse, y_TD, D, rows_ND.shape[0] // tokens,
-            WEIGHTED=weight_TK is not None, BLOCK=block,
+class Layer:
+    """One layer's routing and tiles, and the products over its sorted rows."""
+
+    def __init__(self, routing: Routing, top_k: int, tiles: Tiles) -> None:
+        self.routing, self.top_k, self.tiles = routing, top_k, tiles
+
+    def rows(
+        self,
+        tile: Tile,
+        a: Tensor,
+        b: Halves,
+        c: Tensor,
+        *,
+        by_depth: bool = False,
+        gather: bool = False,
+        activation: str = "",
+        c2: Tensor | None = None,
+        c3: Tensor | None = None,
+    ) -> None:
+        """c [N, columns] of b and a: tokens [T, depth] (gather), rows [N, depth], or two halves of rows [2, N, depth].
+
+        b is [E, ., columns, depth], or by_depth [E, ., depth, columns]. What the rest is, rows_kernel says.
+        """
+        N, columns = c.shape
+        if N == 0:
+            return
+        routing, depth = self.routing, a.shape[-1]
+        gated = c2 is not None
+        width = tile.columns // 2 if gated else tile.columns
+        if a.dim() == 2 and not gather:
+            a = a.unsqueeze(0)
+
+        def stored(r: Tensor | None) -> TensorDescriptor | None:
+            return None if r is None else create_ragged_descriptor(r, [tile.rows, width])
+
+        programs = _programs(tile, routing.tile_expert.shape[0] * triton.cdiv(columns, width), c.device)
+        rows_kernel[(programs,)](
+            a if gather else TensorDescriptor.from_tensor(a, [1, tile.rows, tile.depth]),
+            b.descriptor([1, 1, tile.depth, width] if by_depth else [1, 2 if gated else 1, width, tile.depth]),
+            stored(c), stored(c2), stored(c3), routing.token, routing.offsets, routing.tile_expert, routing.tile_row,
+            routing.tile_count, a.stride(-2), columns, depth, b.swap,
+            EVEN_DEPTH=depth % tile.depth == 0, GATHER=gather, BY_DEPTH=by_depth, PAIR=a.dim() == 3 and a.shape[0] == 2,
+            GATED=gated, ACTIVATION=activation, PRECISION=_precision(),
+            RUNS=c.dtype == torch.float32, BM=tile.rows, BN=tile.columns, BK=tile.depth, GROUP=tile.group,
+            FLATTEN=tile.flatten,
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-    return y_TD
+
+    def weights(self, tile: Tile, left: Tensor, right: Tensor, *results: Tensor, gather: bool) -> None:
+        """results, one or two of [E, left's width, right's width]: left [1 or 2, N, .] times right's rows.
+
+        right holds tokens [T, .] (gather) or sorted rows [N, .].
+        """
+        E, rows, columns = results[0].shape
+        if left.shape[1] == 0:
+            for result in results:
+                result.zero_()
+            return
+        c = Halves(*results)
+        count = E * len(results) * triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns)
+        weights_kernel[(_programs(tile, count, right.device),)](
+            create_ragged_descriptor(left, [1, tile.depth, tile.rows], ragged_dim=1),
+            right if gather else create_ragged_descriptor(right, [tile.depth, tile.columns]),
+            c.descriptor([1, 1, tile.rows, tile.columns]),
+            self.routing.token, self.routing.offsets, right.stride(0), E, rows, columns, c.swap,
+            HALVES=len(results), EVEN_COLUMNS=columns % tile.columns == 0, GATHER=gather, PRECISION=_precision(),
+            RUNS=right.dtype == torch.float32, BF=tile.rows, BD=tile.columns, BR=tile.depth, GROUP=tile.group,
+            FLATTEN=tile.flatten, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+        if c.tensor.dim() == 4:  # too far apart for one descriptor
+            for half, result in enumerate(results):
+                result.copy_(c.tensor[:, half])
+
+    def gathered(self, x: Tensor) -> Tensor:
+        """[N, D]: each sorted row's token."""
+        N, D = self.routing.order.shape[0], x.shape[1]
+        y = x.new_empty(N, D)
+        if N:
+            block = min(1024, power_of_two(D))
+            copy_kernel[(x.shape[0], triton.cdiv(D, block))](
+                x, self.routing.inverse, y, x.stride(0), D, TOP_K=self.top_k, BLOCK=block
+            )
+        return y
+
+    def combined(self, rows: Tensor, weight: Tensor | None) -> Tensor:
+        """[T, D]: each token's rows added up, weighed where there is a weight [T, K]."""
+        N, D = rows.shape
+        y = rows.new_empty(N // self.top_k, D)
+        if N:
+            block = min(1024, power_of_two(D))
+            combine_kernel[(N // self.top_k, triton.cdiv(D, block))](
+                rows, weight, self.routing.inverse, y, D, TOP_K=self.top_k, WEIGHTED=weight is not None, BLOCK=block
+            )
+        return y
+
+    def through(
+        self, g: Tensor, h: Tensor, u: Tensor | None, weight: Tensor, activation: str, du: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Backward through a = act(h) u: writes dh over g, and du; returns weight * a [N, F] and dweight [T, K]."""
+        N, F = g.shape
+        wa, dweight = torch.empty_like(g), torch.empty_like(weight, memory_format=torch.contiguous_format)
+        if N:
+            block = min(512, power_of_two(F))
+            rows = 2048 // block
+            activate_backward_kernel[(triton.cdiv(N, rows),)](
+                g, h, u, du, wa, weight.contiguous(), dweight, self.routing.order, N, F,
+                GATED=u is not None, ACTIVATION=activation, ROWS=rows, BLOCK=block,
+            )  # fmt: skip
+        return wa, dweight
+
+
+def _layer(x_TD: Tensor, weight_TK: Tensor, w1_EFD: Tensor, gated: bool, routing: Routing) -> Layer:
+    _, F, D = w1_EFD.shape
+    return Layer(routing, weight_TK.shape[1], tiles(D, F, routing.tile_rows, x_TD.element_size(), gated))
 
 
 def forward(
@@ -283,19 +205,21 @@ def forward(
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y [T, D], h = x w1^T and u = x v1^T (both [N, F] in sorted order; u is empty without v1)."""
-    T, K = weight_TK.shape
-    with torch.cuda.device_of(x_TD):  # Triton launches on the current device
-        h_NF = _rows(x_TD, w1_EFD, routing, K)
-        u_NF = h_NF.new_empty(0, h_NF.shape[1]) if v1_EFD is None else _rows(x_TD, v1_EFD, routing, K)
-        a_NF = torch.empty_like(h_NF)
-        N, F = h_NF.shape
-        if N:
-            block = _block(F, 1024)
-            _activate_kernel[(N, triton.cdiv(F, block))](
-                h_NF, u_NF, a_NF, F, GATED=v1_EFD is not None, ACTIVATION=activation, BLOCK=block
-            )
-        y_TD = _combine(_rows(a_NF, w2_EFD.transpose(1, 2), routing), weight_TK.contiguous(), routing, T)
-    return y_TD, h_NF, u_NF
+    layer = _layer(x_TD, weight_TK, w1_EFD, v1_EFD is not None, routing)
+    N, F, D = routing.order.shape[0], w1_EFD.shape[1], x_TD.shape[1]
+    x, w1, w2 = _describable(x_TD), _describable(w1_EFD), _describable(w2_EFD)
+    v1 = None if v1_EFD is None else _describable(v1_EFD)
+    tile = layer.tiles.up
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        h, a, out = x.new_empty(N, F), x.new_empty(N, F), x.new_empty(N, D)
+        u = None if v1 is None else x.new_empty(N, F)
+        rows = layer.gathered(x) if tile.copy else x
+        layer.rows(
+            tile, rows, Halves(w1, v1), h, gather=not tile.copy, activation=activation, c2=u, c3=a
+        )  # fmt: skip
+        layer.rows(layer.tiles.down, a, Halves(w2), out, by_depth=True)
+        y = layer.combined(out, weight_TK.contiguous())
+    return y, h, x.new_empty(0, F) if u is None else u
 
 
 def backward(
@@ -312,27 +236,36 @@ def backward(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, weight, w1, v1, w2; `needs` says which, the others are empty tensors."""
-    T, K = weight_TK.shape
+    gated = v1_EFD is not None
+    layer = _layer(x_TD, weight_TK, w1_EFD, gated, routing)
+    tiles = layer.tiles
     N, F = h_NF.shape
-    unused = x_TD.new_empty
-    with torch.cuda.device_of(x_TD):
-        g_NF = _rows(dy_TD, w2_EFD, routing, K)
-        dh_NF = torch.empty_like(h_NF)
-        du_NF = torch.empty_like(u_NF)
-        dweight_TK = torch.empty(T, K, dtype=weight_TK.dtype, device=x_TD.device)
-        if N:
-            _activate_backward_kernel[(N,)](
-                h_NF, u_NF, g_NF, dh_NF, du_NF, weight_TK.contiguous(), dweight_TK, routing.order, F,
-                GATED=v1_EFD is not None, ACTIVATION=activation, BLOCK=_block(F, 1024),
-            )  # fmt: skip
-        dx_TD, dw1_EFD, dv1_EFD, dw2_EFD = unused(0), unused(0), unused(0), unused(0)
-        if needs[0]:
-            up = None if v1_EFD is None else (du_NF, v1_EFD.transpose(1, 2))
-            dx_TD = _combine(_rows(dh_NF, w1_EFD.transpose(1, 2), routing, second=up), None, routing, T)
-        if needs[2]:
-            dw1_EFD = _weights(dh_NF, x_TD, routing, K)
-        if needs[3]:
-            dv1_EFD = _weights(du_NF, x_TD, routing, K)
+    none = x_TD.new_empty(0)
+    dy, x, w1, w2 = (_describable(t) for t in (dy_TD, x_TD, w1_EFD, w2_EFD))
+    v1 = None if v1_EFD is None else _describable(v1_EFD)
+    with torch.cuda.device_of(x):
+        dhu = x.new_empty(2 if gated else 1, N, F)
+        # The sorted copy of dy is made once where either product wants it.
+        copied = tiles.down_backward.copy or (needs[4] and tiles.to_weights_down.copy)
+        dy_rows = layer.gathered(dy) if copied else dy
+        layer.rows(tiles.down_backward, dy_rows, Halves(w2), dhu[0], gather=not copied)
+        wa, dweight = layer.through(
+            dhu[0], h_NF, u_NF if gated else None, weight_TK, activation, dhu[1] if gated else None
+        )
+        dw1 = dv1 = dw2 = dx = none
         if needs[4]:
-            dw2_EFD = _weights(g_NF, dy_TD, routing, K)
-    return dx_TD, dweight_TK if needs[1] else dweight_TK.new_empty(0), dw1_EFD, dv1_EFD, dw2_EFD
+            dw2 = torch.empty_like(w2, memory_format=torch.contiguous_format)
+            layer.weights(tiles.to_weights_down, wa.unsqueeze(0), dy_rows, dw2, gather=not copied)
+        del wa, dy_rows
+        if needs[2] or needs[3]:
+            wanted = [half for half, needed in enumerate(needs[2:4]) if needed]
+            results = [torch.empty_like(w1, memory_format=torch.contiguous_format) for _ in wanted]
+            left = dhu if len(wanted) == dhu.shape[0] else dhu[wanted[0] : wanted[0] + 1]
+            copy = tiles.to_weights_up.copy
+            layer.weights(tiles.to_weights_up, left, layer.gathered(x) if copy else x, *results, gather=not copy)
+            dw1, dv1 = (results[wanted.index(half)] if half in wanted else none for half in (0, 1))
+        if needs[0]:
+            rows = x.new_empty(N, x.shape[1])
+            layer.rows(tiles.to_x, dhu, Halves(w1, v1), rows, by_depth=True)
+            dx = layer.combined(rows, None)
+    return dx, dweight if needs[1] else dweight.new_empty(0), dw1, dv1, dw2

@@ -123,17 +123,19 @@ def _forward(
     w2_EFD: Tensor,
     order: Tensor,
     inverse: Tensor,
+    token: Tensor,
     tokens_per_expert: Tensor,
     offsets: Tensor,
     tile_expert: Tensor,
     tile_row: Tensor,
+    tile_count: Tensor,
     tile_rows: int,
     activation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y [T, D] and the pre-activations h = x w1^T and u = x v1^T, [N, F] (u is empty without v1)."""
     from kernels import grouped
 
-    routing = Routing(order, inverse, tokens_per_expert, offsets, tile_expert, tile_row, tile_rows)
+    routing = Routing(order, inverse, token, tokens_per_expert, offsets, tile_expert, tile_row, tile_count, tile_rows)
     return grouped.forward(x_TD, expert_weight_TK, w1_EFD, v1_EFD, w2_EFD, routing, activation)
 
 
@@ -156,10 +158,12 @@ def _backward(
     u_NF: Tensor,
     order: Tensor,
     inverse: Tensor,
+    token: Tensor,
     tokens_per_expert: Tensor,
     offsets: Tensor,
     tile_expert: Tensor,
     tile_row: Tensor,
+    tile_count: Tensor,
     tile_rows: int,
     activation: str,
     needs: list[bool],
@@ -167,7 +171,7 @@ def _backward(
     """Return the gradients of x, expert_weight, w1, v1 and w2; one that is not needed is an empty tensor."""
     from kernels import grouped
 
-    routing = Routing(order, inverse, tokens_per_expert, offsets, tile_expert, tile_row, tile_rows)
+    routing = Routing(order, inverse, token, tokens_per_expert, offsets, tile_expert, tile_row, tile_count, tile_rows)
     return grouped.backward(
         dy_TD, x_TD, expert_weight_TK, w1_EFD, v1_EFD, w2_EFD, h_NF, u_NF, routing, activation, needs
     )
@@ -190,7 +194,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _differentiate(ctx: Any, dy_TD: Tensor | None, _dh: None, _du: None) -> tuple[Tensor | None, ...]:
-    rest = (None,) * 8
+    rest = (None,) * 10
     if dy_TD is None:
         return (*(None,) * 5, *rest)
     needs = list(ctx.needs_input_grad[:5])

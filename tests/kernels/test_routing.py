@@ -17,6 +17,7 @@ def indices(draw: st.DrawFn) -> tuple[torch.Tensor, int]:
     index = torch.rand(tokens, experts, generator=generator).argsort(1)[:, :chosen]
     if draw(st.booleans()):
         index = index.clamp(max=experts // 2)  # several experts without tokens, one with many
+    index = index.to("cuda" if torch.cuda.is_available() else "cpu")
     return index.to(draw(st.sampled_from([torch.int32, torch.int64]))), experts
 
 
@@ -27,7 +28,7 @@ def test_routing_sorts_stably_and_counts(case: tuple[torch.Tensor, int]) -> None
     routing = route(index, experts)
     flat = index.reshape(-1).tolist()
     assert routing.order.tolist() == sorted(range(len(flat)), key=lambda i: flat[i])
-    assert routing.inverse[routing.order].tolist() == list(range(len(flat)))
+    assert routing.inverse[routing.order.long()].tolist() == list(range(len(flat)))
     assert routing.tokens_per_expert.tolist() == [flat.count(e) for e in range(experts)]
     assert routing.offsets.tolist() == [sum(x < e for x in flat) for e in range(experts + 1)]
 
