@@ -1,12 +1,16 @@
-"""The mixture of experts in plain PyTorch: the specification, the CPU's path and the tests' truth.
+"""The mixture of experts and the block-sparse products in plain PyTorch: the specification, the CPU's path.
 
     y_t = sum over k of weight_tk * (act(x_t w1_e^T) * (x_t v1_e^T)) w2_e,   e = expert_index_tk
 
 Rows are sorted by expert, each expert multiplies its own slice, and outputs return to their tokens by a gather through
-the inverse permutation. Any floating dtype, also float64; ordinary autograd. It reads the experts' loads on the host,
-which is free on a CPU and a synchronisation on a GPU (where `kernels.moe` does not use it). Arguments are not checked.
+the inverse permutation. The block-sparse products go through the sparse matrix by rows of blocks, each of which is one
+dense product with the rows or columns that it meets.
 
-Legend: T tokens, D model width, F expert width, E experts, K chosen experts a token, N = T*K assignments.
+Any floating dtype, also float64; ordinary autograd. It reads experts' loads and rows' lengths on the host, which is
+free on a CPU and a synchronisation on a GPU (where the kernels do not use it). Arguments are not checked.
+
+Legend: T tokens, D model width, F expert width, E experts, K chosen experts a token, N = T*K assignments; of a product
+of matrices M rows, N columns and K summed over; Z entries of a topology.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.routing import route
+from kernels.topology import Topology
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -87,3 +92,43 @@ class _GatherTokens(torch.autograd.Function):
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
         order, inverse = ctx.saved_tensors
         return _Permute.apply(grad, inverse, order).view(ctx.shape).sum(1), None, None, None
+
+
+def sdd(a_MK: Tensor, b_KN: Tensor, topology: Topology) -> Tensor:
+    """The product's blocks at the topology, [Z, block, block]; inert ones are zero."""
+    block, K = topology.block, a_MK.shape[1]
+    b_KCb = b_KN.reshape(K, b_KN.shape[1] // block, block)
+    columns = topology.column_indices.long().split(_counts(topology.row_offsets, topology.entries))
+    # Without any row the empty product keeps the result on the graph, so that backward yields zeros.
+    blocks = [(a_MK[:0] @ b_KN).view(-1)[:0].view(0, block, block)]
+    for a_bK, column in zip(a_MK.reshape(a_MK.shape[0] // block, block, K), columns[:-1], strict=True):
+        # One row of blocks times the columns that it has.
+        row_bn = a_bK @ b_KCb.index_select(1, column).flatten(1)
+        blocks.append(row_bn.view(block, len(column), block).transpose(0, 1))
+    return torch.cat([*blocks, a_MK.new_zeros(len(columns[-1]), block, block)])
+
+
+def dsd(values: Tensor, dense_KN: Tensor, topology: Topology, transposed: bool = False) -> Tensor:
+    """The sparse matrix, or its transpose, times the dense one; a block that is not stored multiplies nothing."""
+    block, N = topology.block, dense_KN.shape[1]
+    offsets, indices = topology.row_offsets, topology.column_indices
+    if transposed:
+        offsets, indices = topology.column_offsets, topology.row_indices_t
+        values = values.index_select(0, topology.places_t.long()).transpose(1, 2)
+    counts = _counts(offsets, topology.entries)
+    dense_RbN = dense_KN.reshape(dense_KN.shape[0] // block, block, N)
+    out = [dense_KN[:0] * values.reshape(-1)[:0].sum()]
+    for row, index in zip(values.split(counts)[:-1], indices.long().split(counts)[:-1], strict=True):
+        out.append(row.transpose(0, 1).flatten(1) @ dense_RbN.index_select(0, index).flatten(0, 1))
+    return torch.cat(out)
+
+
+def dds(dense_MK: Tensor, values: Tensor, topology: Topology, transposed: bool = False) -> Tensor:
+    """The dense matrix times the sparse one, or its transpose."""
+    return dsd(values, dense_MK.t(), topology, not transposed).t()
+
+
+def _counts(offsets: Tensor, entries: int) -> list[int]:
+    """How many entries each row (or column) of blocks has, and last how many are inert."""
+    begins: list[int] = offsets.tolist()
+    return [end - begin for begin, end in zip(begins, [*begins[1:], entries], strict=True)]

@@ -1,4 +1,4 @@
-"""Runs tests/kernels/test_moe.py on the Triton code in Triton's interpreter, on the CPU.
+"""Runs the kernels' tests on the Triton code in Triton's interpreter, on the CPU.
 
 A kernel decides when it is defined whether it is interpreted, so the setting needs a process of its own.
 """
@@ -28,7 +28,8 @@ def interpreter_fails() -> str:
 
 @pytest.mark.slow
 @pytest.mark.skipif(interpreter_fails() != "", reason=interpreter_fails() or "it can run")
-def test_moe_in_the_interpreter() -> None:
+@pytest.mark.parametrize("file", ["test_moe.py", "test_block_sparse.py"])
+def test_a_file_in_the_interpreter(file: str) -> None:
     root = Path(__file__).parents[2]
     command = [
         sys.executable,
@@ -39,7 +40,7 @@ def test_moe_in_the_interpreter() -> None:
         "not gpu",
         "-p",
         "no:cacheprovider",
-        "tests/kernels/test_moe.py",
+        f"tests/kernels/{file}",
     ]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=850, check=False)
