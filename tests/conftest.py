@@ -20,9 +20,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # on cores that another worker uses is many times slower than one thread.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Short-lived JVMs spend more on compiling than they win by it.
-os.environ.setdefault("JDK_JAVA_OPTIONS", "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC")
-
 # A machine that is busy with Spark is no failure of a law.
 settings.register_profile("lakemoe", deadline=None)
 settings.load_profile("lakemoe")
