@@ -66,7 +66,7 @@ overrides = {}  # fields of the preset conf/models/quickstart.yaml that are repl
 steps = 200  # optimizer steps
 global_batch_size = 8  # sequences a step
 warmup_steps = 20  # steps until the peak learning rate
-learning_rate = 6e-3  # its peak
+learning_rate = 3e-3  # its peak
 prompt = "def read(path):\n"  # what the finished model continues
 max_tokens = 64  # of the completion
 
