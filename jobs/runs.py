@@ -136,8 +136,7 @@ def up_to_date(
     """The last run of the job, where it read and left the very versions that are there now, by the same settings.
 
     A run with the same inputs, settings and code would write nothing, so it is spared; code that was edited since its
-    commit is never the same. others: the versions of inputs
-    that are no tables, by their names in ops.runs.
+    commit is never the same. others: the versions of inputs that are no tables, by their names in ops.runs.
     """
     if code_version().endswith(_DIRTY):
         return None

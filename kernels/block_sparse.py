@@ -17,7 +17,6 @@ Legend: R rows of blocks, C columns of blocks, Z entries of the topology; of a p
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,9 +24,8 @@ import torch
 from torch import Tensor
 
 from kernels import reference
+from kernels.backend import GPU_DTYPES, use_triton
 from kernels.topology import Topology
-
-_GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +108,7 @@ def sdd(a_MK: Tensor, b_KN: Tensor, topology: Topology) -> BlockSparse:
         raise ValueError(f"b_KN is {b_KN.dtype}, but must be in a_MK's dtype {a_MK.dtype}")
     _check_topology("a_MK", a_MK, topology)
     _check_topology("b_KN", b_KN, topology)
-    if _use_triton("a_MK", a_MK):
+    if use_triton("a_MK", a_MK):
         return BlockSparse(_sdd(a_MK, b_KN, *topology.tensors, topology.block), topology)
     return BlockSparse(reference.sdd(a_MK, b_KN, topology), topology)
 
@@ -122,7 +120,7 @@ def dsd(s: BlockSparse, b_KN: Tensor) -> Tensor:
         ValueError: an argument, which the message names, has a wrong device, dtype or shape.
     """
     _check_operands(s, "b_KN", b_KN, s.shape[1], None)
-    if _use_triton("s", s.values):
+    if use_triton("s", s.values):
         return _product(s.values, b_KN, *s.topology.tensors, s.topology.block, s.transposed, True)
     return reference.dsd(s.values, b_KN, s.topology, s.transposed)
 
@@ -134,23 +132,15 @@ def dds(a_MK: Tensor, s: BlockSparse) -> Tensor:
         ValueError: an argument, which the message names, has a wrong device, dtype or shape.
     """
     _check_operands(s, "a_MK", a_MK, None, s.shape[0])
-    if _use_triton("s", s.values):
+    if use_triton("s", s.values):
         return _product(s.values, a_MK, *s.topology.tensors, s.topology.block, s.transposed, False)
     return reference.dds(a_MK, s.values, s.topology, s.transposed)
-
-
-def _use_triton(name: str, tensor: Tensor) -> bool:
-    if tensor.is_cuda:
-        if tensor.dtype not in _GPU_DTYPES:
-            raise ValueError(f"{name} must be float32, float16 or bfloat16 on a GPU, not {tensor.dtype}")
-        return True
-    return os.environ.get("TRITON_INTERPRET") == "1" and tensor.dtype in (torch.float32, torch.float16)
 
 
 def _check_dense(name: str, matrix: Tensor, rows: int | None, columns: int | None) -> None:
     if matrix.dim() != 2:
         raise ValueError(f"{name} must be a matrix, but its shape is {list(matrix.shape)}")
-    if matrix.dtype not in (*_GPU_DTYPES, torch.float64):
+    if matrix.dtype not in (*GPU_DTYPES, torch.float64):
         raise ValueError(f"{name} must be float32, float16 or bfloat16, not {matrix.dtype}")
     for dimension, (found, expected) in enumerate(zip(matrix.shape, (rows, columns), strict=True)):
         if expected is not None and found != expected:

@@ -5,10 +5,10 @@
                dx_t = sum_k (dh w1 + du v1)[inverse_tk]
                dw1 = dh^T x[tok],  dv1 = du^T x[tok],  dw2 = (weight a)^T dy[tok]
 
-Data movement: forward is two products and a sum. The first gathers the tokens' rows and leaves h, u and a; the second
-leaves one row an assignment, which the sum weighs and adds up token by token. Backward is four products (three where
-there is no gate) and two sums; only x, h, u and the routing are kept for it, a is made again from h and u in the
-product that needs it. No atomics: every sum has a fixed order.
+Data movement: forward is two products and a sum. The first reads the tokens' rows, by pointers or from a sorted copy,
+and leaves h, u and a; the second leaves one row an assignment, which the sum weighs and adds up token by token.
+Backward is four products, a pass between the first and the others that makes a again from h and u, and a sum; only x,
+h, u and the routing are kept for it. No atomics: every sum has a fixed order.
 
 Legend: T tokens, D model width, F expert width, E experts, K chosen experts a token, N = T*K assignments.
 """
@@ -23,16 +23,13 @@ from torch import Tensor
 from triton.tools.ragged_tma import create_ragged_descriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels.backend import precision
 from kernels.products import activate_backward_kernel, combine_kernel, copy_kernel, rows_kernel, weights_kernel
 from kernels.routing import Routing
 from kernels.tiles import Tile, Tiles, power_of_two, tiles
 
 _ALIGNMENT = 16  # bytes, of what a TMA descriptor points to and of its strides
 _FARTHEST = 2**40  # bytes, the largest stride of a TMA descriptor
-
-
-def _precision() -> str:
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 @cache
@@ -121,7 +118,7 @@ class Layer:
             stored(c), stored(c2), stored(c3), routing.token, routing.offsets, routing.tile_expert, routing.tile_row,
             routing.tile_count, a.stride(-2), columns, depth, b.swap,
             EVEN_DEPTH=depth % tile.depth == 0, GATHER=gather, BY_DEPTH=by_depth, PAIR=a.dim() == 3 and a.shape[0] == 2,
-            GATED=gated, ACTIVATION=activation, PRECISION=_precision(),
+            GATED=gated, ACTIVATION=activation, PRECISION=precision(),
             RUNS=c.dtype == torch.float32, BM=tile.rows, BN=tile.columns, BK=tile.depth, GROUP=tile.group,
             FLATTEN=tile.flatten,
             num_warps=tile.warps, num_stages=tile.stages,
@@ -144,7 +141,7 @@ class Layer:
             right if gather else create_ragged_descriptor(right, [tile.depth, tile.columns]),
             c.descriptor([1, 1, tile.rows, tile.columns]),
             self.routing.token, self.routing.offsets, right.stride(0), E, rows, columns, c.swap,
-            HALVES=len(results), EVEN_COLUMNS=columns % tile.columns == 0, GATHER=gather, PRECISION=_precision(),
+            HALVES=len(results), EVEN_COLUMNS=columns % tile.columns == 0, GATHER=gather, PRECISION=precision(),
             RUNS=right.dtype == torch.float32, BF=tile.rows, BD=tile.columns, BR=tile.depth, GROUP=tile.group,
             FLATTEN=tile.flatten, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip

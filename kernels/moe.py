@@ -10,16 +10,14 @@ Legend: T tokens, D model width, F expert width, E experts, K chosen experts a t
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels import reference
+from kernels.backend import GPU_DTYPES, use_triton
 from kernels.routing import Routing, route
-
-_GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def dropless_moe(
@@ -52,19 +50,11 @@ def dropless_moe(
         ValueError: an argument, which the message names, has a wrong device, dtype, shape or value.
     """
     _check(x_TD, expert_index_TK, expert_weight_TK, w1_EFD, v1_EFD, w2_EFD, activation)
-    if not _use_triton(x_TD):
+    if not use_triton("x_TD", x_TD):
         return reference.dropless_moe(x_TD, expert_index_TK, expert_weight_TK, w1_EFD, v1_EFD, w2_EFD, activation)
     routing = route(expert_index_TK, w1_EFD.shape[0])
     y_TD, _, _ = _forward(x_TD, expert_weight_TK, w1_EFD, v1_EFD, w2_EFD, *routing, activation)
     return y_TD
-
-
-def _use_triton(x_TD: Tensor) -> bool:
-    if x_TD.is_cuda:
-        if x_TD.dtype not in _GPU_DTYPES:
-            raise ValueError(f"x_TD must be float32, float16 or bfloat16 on a GPU, not {x_TD.dtype}")
-        return True
-    return os.environ.get("TRITON_INTERPRET") == "1" and x_TD.dtype in (torch.float32, torch.float16)
 
 
 def _check(
@@ -80,7 +70,7 @@ def _check(
         raise ValueError(f"activation must be one of {', '.join(reference.ACTIVATIONS)}, not {activation!r}")
     if x_TD.dim() != 2:
         raise ValueError(f"x_TD must have shape [T, D], not {list(x_TD.shape)}")
-    if x_TD.dtype not in (*_GPU_DTYPES, torch.float64):
+    if x_TD.dtype not in (*GPU_DTYPES, torch.float64):
         raise ValueError(f"x_TD must be float32, float16 or bfloat16, not {x_TD.dtype}")
     if w1_EFD.dim() != 3:
         raise ValueError(f"w1_EFD must have shape [E, F, D], not {list(w1_EFD.shape)}")

@@ -15,6 +15,8 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from kernels.backend import interpreted
+
 # order to tile_count of a Routing, in its order
 Sorted: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 _BLOCK = 512  # assignments that one program of the sort places
@@ -84,7 +86,7 @@ def _sort(
     """Everything of a Routing but tile_rows, which follows from shapes."""
     T, K = expert_index_TK.shape
     tile_rows = _tile_rows(T * K, num_experts)
-    on_gpu = expert_index_TK.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    on_gpu = expert_index_TK.is_cuda or interpreted()
     sort = _by_triton if on_gpu and T * K else _by_torch
     return sort(expert_index_TK.contiguous(), num_experts, tile_rows)
 

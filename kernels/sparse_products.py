@@ -31,6 +31,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels.backend import precision
 from kernels.topology import Topology
 
 
@@ -223,8 +224,7 @@ def _fit(product: str, block: int, columns: int, like: Tensor) -> Tile:
 
 
 def _numerics(like: Tensor) -> dict[str, object]:
-    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return {"PRECISION": "tf32" if tf32 else "ieee", "RUNS": like.dtype == torch.float32}
+    return {"PRECISION": precision(), "RUNS": like.dtype == torch.float32}
 
 
 def _blocks(values: Tensor, rows: int, columns: int) -> TensorDescriptor:

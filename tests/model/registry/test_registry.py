@@ -142,9 +142,9 @@ def test_registering_the_same_weights_again_gives_the_same_version(world: Any) -
     assert len(world.client.search_model_versions("name = 'small'")) == 1
 
 
-def test_a_registration_killed_before_the_version_is_finished_with_its_files(
-    world: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def put_killed(world: Any, monkeypatch: pytest.MonkeyPatch, method: str, name: str) -> None:
+    """Register, and die where the client's method is called."""
+
     class Killed(BaseException):
         pass
 
@@ -152,9 +152,15 @@ def test_a_registration_killed_before_the_version_is_finished_with_its_files(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(MlflowClient, "create_model_version", die)
+        patch.setattr(MlflowClient, method, die)
         with pytest.raises(Killed):
-            put(world, 2, "killed")
+            put(world, 2, name)
+
+
+def test_a_registration_killed_before_the_version_is_finished_with_its_files(
+    world: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_killed(world, monkeypatch, "create_model_version", "killed")
     put(world, 2, "killed")
     experiment = experiment_id(world.client, world.lake)
     assert len([m for m in world.client.search_logged_models([experiment]) if m.name == "killed"]) == 1
@@ -163,16 +169,7 @@ def test_a_registration_killed_before_the_version_is_finished_with_its_files(
 def test_a_registration_killed_before_the_alias_gets_it_the_next_time(
     world: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Killed(BaseException):
-        pass
-
-    def die(*args: Any, **kwargs: Any) -> None:
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(MlflowClient, "set_registered_model_alias", die)
-        with pytest.raises(Killed):
-            put(world, 2, "unnamed")
+    put_killed(world, monkeypatch, "set_registered_model_alias", "unnamed")
     assert put(world, 2, "unnamed").created is False
     assert str(world.client.get_model_version_by_alias("unnamed", "challenger").version) == "1"
 

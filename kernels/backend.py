@@ -1,0 +1,33 @@
+"""Which code an operand runs on, Triton's or the reference's: the one rule of all kernels.
+
+A CUDA device runs Triton. With TRITON_INTERPRET=1 a CPU runs the Triton code in Triton's interpreter, whose bfloat16
+products are wrong. Everything else is the reference's.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def interpreted() -> bool:
+    """Whether Triton's code runs in its interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def use_triton(name: str, tensor: Tensor) -> bool:
+    """Whether Triton's code takes this operand. Raises ValueError, with its name, for a dtype that no GPU code has."""
+    if tensor.is_cuda:
+        if tensor.dtype not in GPU_DTYPES:
+            raise ValueError(f"{name} must be float32, float16 or bfloat16 on a GPU, not {tensor.dtype}")
+        return True
+    return interpreted() and tensor.dtype in (torch.float32, torch.float16)
+
+
+def precision() -> str:
+    """How Triton multiplies float32, as torch is set: "tf32" or "ieee"."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
