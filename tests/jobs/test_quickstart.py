@@ -106,7 +106,8 @@ def outcome(lake: Path) -> dict[str, Any]:
     """What two undisturbed runs have in common: gold, the loss curve, the model's bytes, how many runs there are."""
     training = lake / "training" / "quickstart"
     lines = [json.loads(line) for line in (training / "metrics.jsonl").read_text().splitlines()]
-    client = MlflowClient(tracking_uri=f"sqlite:///{lake}/mlflow.db")
+    store = f"sqlite:///{lake}/mlflow.db"
+    client = MlflowClient(tracking_uri=store, registry_uri=store)  # else it asks the last registry of this process
     (experiment,) = [e for e in client.search_experiments() if e.name == "lakemoe"]
     runs = client.search_runs([experiment.experiment_id])
     history = client.get_metric_history(runs[0].info.run_id, "loss")
