@@ -60,6 +60,11 @@ def spark_session(
         .config("spark.sql.session.timeZone", "UTC")
         .config("spark.ui.enabled", os.environ.get("LAKEMOE_SPARK_UI", "false"))
         .config("spark.ui.showConsoleProgress", "false")
+        # What is kept of past queries for the UI, plans above all, fills a small heap within a few hundred of them.
+        .config("spark.sql.ui.retainedExecutions", "20")
+        .config("spark.ui.retainedJobs", "100")
+        .config("spark.ui.retainedStages", "100")
+        .config("spark.ui.retainedTasks", "2000")
         .config("spark.sql.sources.parallelPartitionDiscovery.parallelism", "2")
         .config("spark.sql.adaptive.coalescePartitions.enabled", "true")
         .config("spark.driver.extraJavaOptions", "-Dlog4j2.level=ERROR -Divy.message.logger.level=0")

@@ -32,9 +32,19 @@ if TYPE_CHECKING:
 def spark() -> Iterator[SparkSession]:
     from pipelines.session import spark_session
 
-    session = spark_session("lakemoe-tests", memory="1g", shuffle_partitions=2)
+    session = spark_session("lakemoe-tests", memory="2g", shuffle_partitions=2)
     yield session
     session.stop()
+
+
+@pytest.fixture(autouse=True)
+def forgotten_lakes(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After a test Spark forgets its tables: what Delta keeps of each lake would fill the heap of a long test run."""
+    yield
+    if "spark" in request.fixturenames:
+        session = request.getfixturevalue("spark")
+        session.catalog.clearCache()
+        session._jvm.org.apache.spark.sql.delta.DeltaLog.clearCache()
 
 
 @pytest.fixture
