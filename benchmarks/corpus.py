@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from jobs.quickstart import default_sources
 from pipelines.ingest.listing import list_source
 from pipelines.pack.config import PackConfig
-from pipelines.pack.stage import Packer
+from pipelines.pack.pieces import cut_documents
+from pipelines.pack.sequences import Edition
 from pipelines.tables import END_OF_TEXT, GOLD_SEQUENCES, PAD
 from pipelines.tokenize.config import TrainTokenizerConfig
 from pipelines.tokenize.stage import encode, plain_text_tokenizer
@@ -103,7 +104,8 @@ def write_sequences(lake: Path, megabytes: float, *, sequence_length: int, files
     end, pad = tokenizer.token_to_id(END_OF_TEXT), tokenizer.token_to_id(PAD)
     assert end is not None  # train() puts both in
     assert pad is not None
-    packer = Packer(PackConfig(sequence_length=sequence_length), tokenizer_id=tokenizer_id, end=end, pad=pad)
+    config = PackConfig(sequence_length=sequence_length)
+    edition = Edition(config=config, tokenizer_id=tokenizer_id, end=end, pad=pad)
     # What comes again is encoded once.
     first = [document for document in texts if document.copy == 0]
     tokens, _ = encode(tokenizer, pa.array([document.text for document in first]))
@@ -116,7 +118,10 @@ def write_sequences(lake: Path, megabytes: float, *, sequence_length: int, files
             of_kind = [document for document in part if document.kind == kind]
             ids = [document.document_id for document in of_kind]
             values = pa.array([tokens_of[document.name].as_py() for document in of_kind], pa.binary())
-            rows.extend(packer.sequences("train", kind, pa.table({"document_id": ids, "tokens": values, "draw": ids})))
+            same = {"split": ["train"] * len(ids), "domain": [kind] * len(ids)}
+            pieces = cut_documents(pa.record_batch({"document_id": ids, **same, "tokens": values}), config, end)
+            drawn = pa.table(pieces).append_column("draw", pieces["document_id"])
+            rows.extend(edition.sequences("train", kind, drawn))
         sequences = pa.Table.from_batches(rows, GOLD_SEQUENCES.schema)
         count = len(sequences) - len(sequences) % multiple
         if not count:

@@ -16,10 +16,14 @@ class Settings(JobSettings):
     """Pack documents' tokens into training sequences: gold.tokens to gold.sequences."""
 
     pack: PackConfig = Field(default_factory=PackConfig, description="settings of the stage")
+    repack: bool = Field(False, description="arrange the edition anew, as one run over everything does")
 
 
 def run(settings: Settings) -> None:
-    stages.run_stage("pack", settings.lake, settings.pack)
+    if settings.repack:
+        stages.record_stage("pack", settings.lake, settings.pack, since=None, repack=True)
+    else:
+        stages.run_stage("pack", settings.lake, settings.pack)
     stages.where(settings.lake, "pack")
 
 

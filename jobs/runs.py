@@ -27,7 +27,10 @@ from jobs import console
 from model.registry.tables import read_rows
 from pipelines.tables import OPS_RUNS, TABLES, table_uri
 
+GOOD = ("succeeded", "unchanged")
 _DIRTY = ".dirty"
+# Delta's operations that leave every row as it is.
+_UPKEEP = ("OPTIMIZE", "VACUUM START", "VACUUM END", "ADD CONSTRAINT", "SET TBLPROPERTIES")
 
 
 def new_run_id() -> str:
@@ -130,27 +133,62 @@ def runs(lake: str, job: str | None = None) -> list[dict[str, Any]]:
     return sorted((row for row in rows if job in (None, row["job"])), key=lambda row: row["run_id"])
 
 
-def up_to_date(
+def edition(run: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """Which rows of its tables a run is about, where editions share them: by tokenizer and by sequence length."""
+    tokenizer = next((int(v["version"]) for v in run["inputs"] or [] if v["table"] == "tokenizer"), None)
+    return tokenizer, json.loads(run["configuration"]).get("sequence_length")
+
+
+def last_good(lake: str, job: str) -> list[dict[str, Any]]:
+    """The last run that did not fail of every edition that the job made, the newest first."""
+    newest: dict[tuple[int | None, int | None], dict[str, Any]] = {}
+    for run in reversed([run for run in runs(lake, job) if run["status"] in GOOD]):
+        newest.setdefault(edition(run), run)
+    return list(newest.values())
+
+
+def last_state(
     lake: str, job: str, configuration: dict[str, Any], others: Mapping[str, int] | None = None
 ) -> dict[str, Any] | None:
-    """The last run of the job, where it read and left the very versions that are there now, by the same settings.
+    """The job's last good run, where what it left is still a state to go on from; None: the job looks at everything.
 
-    A run with the same inputs, settings and code would write nothing, so it is spared; code that was edited since its
-    commit is never the same. others: the versions of inputs that are no tables, by their names in ops.runs.
+    So it is where its settings and code are today's, where its inputs that are no tables are the same, and where
+    nothing but recorded runs of other jobs and editions, and Delta's own upkeep, has written to its tables since. Code
+    that was edited since its commit is never the same.
+
+    others: the versions of inputs that are no tables, as ops.runs names them.
     """
     if code_version().endswith(_DIRTY):
         return None
-
-    def now(name: str) -> int | None:
-        return others[name] if others and name in others else table_version(lake, name)
-
+    beside = dict(others or {})
+    own = (beside.get("tokenizer"), configuration.get("sequence_length"))
+    last = next((run for run in last_good(lake, job) if edition(run) == own), None)
     wanted = json.dumps(configuration, sort_keys=True, default=str)
-    for run in reversed(runs(lake, job)):
-        if run["status"] not in ("succeeded", "unchanged"):
-            continue
-        same = run["configuration"] == wanted and run["code_version"] == code_version() and run["inputs"]
-        versions = [*(run["inputs"] or []), *(run["outputs"] or [])]
-        if same and all(now(v["table"]) == v["version"] for v in versions):
-            return run
+    if last is None or (last["configuration"], last["code_version"]) != (wanted, code_version()) or not last["inputs"]:
         return None
+    if {v["table"]: v["version"] for v in last["inputs"] if v["table"] not in TABLES} != beside:
+        return None
+    known = {
+        run["run_id"] for run in runs(lake) if run["status"] in GOOD and (run["job"] != job or edition(run) != own)
+    }
+    if all(_continued(lake, v["table"], v["version"], known) for v in last["outputs"] or []):
+        return last
     return None
+
+
+def is_current(lake: str, run: Mapping[str, Any]) -> bool:
+    """Whether the tables that the run read are at the versions that it read: then it would write nothing."""
+    return all(table_version(lake, v["table"]) == v["version"] for v in run["inputs"] if v["table"] in TABLES)
+
+
+def _continued(lake: str, name: str, version: int, run_ids: set[str]) -> bool:
+    """Whether only these runs, and upkeep that changes no row, have written to the table after the version."""
+    now = table_version(lake, name)
+    if now is None or now < version:
+        return False
+    if now == version:
+        return True
+    commits = [c for c in DeltaTable(table_uri(lake, name)).history(now - version) if c["version"] > version]
+    return len(commits) == now - version and all(
+        commit["operation"] in _UPKEEP or commit.get("userMetadata") in run_ids for commit in commits
+    )

@@ -6,47 +6,76 @@ Progress goes to a terminal as a spinner with the time, elsewhere as plain lines
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
 from jobs import console, runs
+from pipelines.clean.config import CleanConfig
+from pipelines.dedup.config import DedupConfig
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.listing import fingerprints, list_sources
 from pipelines.pack.config import PackConfig
 from pipelines.tables import TABLES
-from pipelines.tokenize.config import TokenizeConfig
+from pipelines.tokenize.config import TokenizeConfig, TrainTokenizerConfig
 
 if TYPE_CHECKING:
     from pipelines.lake import StageResult
 
-# job: (module with `run`, next command)
-STAGES: dict[str, tuple[str, str]] = {
-    "ingest": ("pipelines.ingest.stage", "lakemoe clean"),
-    "clean": ("pipelines.clean.stage", "lakemoe dedup"),
-    "dedup": ("pipelines.dedup.stage", "lakemoe train-tokenizer"),
-    "train-tokenizer": ("pipelines.tokenize.train", "lakemoe tokenize"),
-    "tokenize": ("pipelines.tokenize.stage", "lakemoe pack"),
-    "pack": ("pipelines.pack.stage", "lakemoe train"),
+
+@dataclass(frozen=True)
+class Stage:
+    """A job of the pipeline: the module with its ``run``, its settings, and the command that comes after it."""
+
+    module: str
+    config: type[BaseModel]
+    next: str
+
+
+STAGES: dict[str, Stage] = {
+    "ingest": Stage("pipelines.ingest.stage", IngestConfig, "lakemoe clean"),
+    "clean": Stage("pipelines.clean.stage", CleanConfig, "lakemoe dedup"),
+    "dedup": Stage("pipelines.dedup.stage", DedupConfig, "lakemoe train-tokenizer"),
+    "train-tokenizer": Stage("pipelines.tokenize.train", TrainTokenizerConfig, "lakemoe tokenize"),
+    "tokenize": Stage("pipelines.tokenize.stage", TokenizeConfig, "lakemoe pack"),
+    "pack": Stage("pipelines.pack.stage", PackConfig, "lakemoe train"),
 }
+# The stages that follow documents from table to table.
+FOLLOWERS = ("clean", "dedup", "tokenize", "pack")
 
 
 def run_stage(job: str, lake: str, config: BaseModel) -> dict[str, int]:
-    """Run one stage and record it in ops.runs; returns its counts."""
-    configuration = config.model_dump(mode="json")
-    if done := runs.up_to_date(lake, job, configuration, _read_beside_tables(lake, config)):
-        counts = dict(done["counts"])
+    """Bring one stage's tables up to date: nothing where nothing changed, what changed since its last run, or all.
+
+    Returns its counts.
+    """
+    last = runs.last_state(lake, job, config.model_dump(mode="json"), _read_beside_tables(lake, config))
+    if last and runs.is_current(lake, last):
+        counts = dict(last["counts"])
         console.done(job, "unchanged", counts)
         return counts
+    return record_stage(job, lake, config, since={v["table"]: v["version"] for v in last["inputs"]} if last else None)
+
+
+def record_stage(
+    job: str, lake: str, config: BaseModel, *, since: Mapping[str, int] | None, function: str = "run", **options: Any
+) -> dict[str, int]:
+    """Run a function of the stage's module, whatever was done before, and record it in ops.runs; returns its counts.
+
+    since: the versions of its inputs that the last run saw; None: it looks at everything. options: more arguments.
+    """
     before = {name: runs.table_version(lake, name) for name in TABLES if not name.startswith("ops.")}
-    with console.working(job), runs.recorded(lake, job, configuration) as run:
-        stage: Callable[..., StageResult] = importlib.import_module(STAGES[job][0]).run
+    with console.working(job), runs.recorded(lake, job, config.model_dump(mode="json")) as run:
+        stage: Callable[..., StageResult] = getattr(importlib.import_module(STAGES[job].module), function)
+        from pipelines.lake import committing
         from pipelines.session import spark_session
 
         spark = spark_session()
         spark.sparkContext.setJobDescription(job)
-        result = stage(spark, lake, config, run_id=run.run_id)
+        with committing(spark, run.run_id):
+            result = stage(spark, lake, config, run_id=run.run_id, since=since, **options)
         run.inputs, run.outputs, run.counts = result.inputs, result.outputs, result.counts
         written = [before.get(name) != version for name, version in result.outputs.items()]
         if result.unchanged or (written and not any(written)):
@@ -68,4 +97,4 @@ def _read_beside_tables(lake: str, config: BaseModel) -> dict[str, int]:
 
 def where(lake: str, job: str) -> None:
     """Say where the result lies and what comes next."""
-    console.note(f"The lake is {lake}; next: {STAGES[job][1]} --lake {lake}")
+    console.note(f"The lake is {lake}; next: {STAGES[job].next} --lake {lake}")

@@ -2,11 +2,14 @@
 
 ``sync`` is the one way a stage writes. It compares by key, commits only what differs, in one MERGE, and commits
 nothing when nothing differs: a run killed before the commit has changed nothing, the next run finishes its work, and a
-second run over the same input adds no table version.
+second run over the same input adds no table version. Every commit carries its run's id as ``userMetadata``
+(``committing``), so that a table's history says which run wrote what.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import reduce
 
@@ -17,12 +20,14 @@ from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 from pyspark.sql.types import MapType, StructField, StructType
 
+from pipelines.changes import within
 from pipelines.errors import LakeError
 from pipelines.tables import Table
 
 # Who wrote a row and when is no part of what the row says.
 NOT_COMPARED = ("run_id", "ingested_at", "at")
 _OPERATION = "__operation"
+_USER_METADATA = "spark.databricks.delta.commitInfo.userMetadata"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,20 +141,40 @@ def read(spark: SparkSession, lake: str, table: Table, version: int | None = Non
     return reader.load(table.uri(lake))
 
 
+@contextmanager
+def committing(spark: SparkSession, run_id: str) -> Iterator[None]:
+    """Delta commits made in the body carry the run's id as ``userMetadata``."""
+    spark.conf.set(_USER_METADATA, run_id)
+    try:
+        yield
+    finally:
+        spark.conf.unset(_USER_METADATA)
+
+
 def sync(
-    spark: SparkSession, lake: str, table: Table, df: DataFrame, *, scope: str | None = None, delete: bool = True
+    spark: SparkSession,
+    lake: str,
+    table: Table,
+    df: DataFrame,
+    *,
+    scope: str | None = None,
+    among: DataFrame | None = None,
+    delete: bool = True,
 ) -> Change:
     """Make the table's rows equal to ``df`` by the table's key, in at most one commit.
 
     scope: a SQL condition on the table; rows outside it are left alone and ``df`` must lie inside it.
+    among: keys of the rows that ``df`` speaks of (``changes.keys`` of the table's first key column); others are left
+    alone.
     delete: whether rows of the scope that ``df`` lacks are deleted. Columns in NOT_COMPARED do not make a row differ.
     """
     key = list(table.key)
     names = table.schema.names
     target = DeltaTable.forPath(spark, table.uri(lake))
+    old = target.toDF() if scope is None else target.toDF().where(scope)
     df = df.select(*names).persist()
     try:
-        changes = _changes(df, target.toDF(), table, scope, delete).persist()
+        changes = _changes(df, within(old, among, key[0]), table, delete).persist()
         try:
             counted = {row[0]: int(row[1]) for row in changes.groupBy(_OPERATION).count().toLocalIterator()}
             if counted:
@@ -168,11 +193,30 @@ def sync(
     )
 
 
-def _changes(df: DataFrame, old: DataFrame, table: Table, scope: str | None, delete: bool) -> DataFrame:
+def revise(spark: SparkSession, lake: str, table: Table, df: DataFrame) -> Change:
+    """Set the columns that ``df`` has beside the table's key in the rows of its keys, in at most one commit.
+
+    Rows in which they are so already are left alone, columns in NOT_COMPARED not counted, and so are keys without row.
+    """
+    key = list(table.key)
+    columns = [name for name in df.columns if name not in key]
+    target = DeltaTable.forPath(spark, table.uri(lake))
+    old = target.toDF().select(*key, F.struct(*(c for c in columns if c not in NOT_COMPARED)).alias("__old"))
+    new = F.struct(*(c for c in columns if c not in NOT_COMPARED))
+    different = df.join(old, key).where(~new.eqNullSafe(F.col("__old"))).drop("__old").localCheckpoint()
+    updated = different.count()
+    if updated:
+        on = " AND ".join(f"t.{k} = c.{k}" for k in key)
+        values: dict[str, str | Column] = {name: f"c.{name}" for name in columns}
+        target.alias("t").merge(different.alias("c"), on).whenMatchedUpdate(set=values).execute()
+    after = version(spark, lake, table)
+    assert after is not None
+    return Change(inserted=0, updated=updated, deleted=0, version=after)
+
+
+def _changes(df: DataFrame, old: DataFrame, table: Table, delete: bool) -> DataFrame:
     """Rows of ``df`` that are new or differ, and the keys of rows to delete, with their operation."""
     key, names = list(table.key), table.schema.names
-    if scope:
-        old = old.where(scope)
     types = dict(zip(df.schema.names, (f.dataType for f in df.schema.fields), strict=True))
 
     def digest(frame: DataFrame) -> DataFrame:

@@ -30,6 +30,8 @@ SPLITS = ("train", "validation")
 LICENSE_CLASSES = ("permissive", "copyleft", "unknown")
 SPECIAL_TOKENS = ("<|endoftext|>", "<|pad|>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
 END_OF_TEXT, PAD = SPECIAL_TOKENS[0], SPECIAL_TOKENS[1]
+# A verdict of decontaminate is this and the evaluation set's name.
+CONTAMINATED = "contaminated:"
 
 TIMESTAMP = pa.timestamp("us", tz="UTC")
 STRING_LIST = pa.list_(pa.string())

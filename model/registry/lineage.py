@@ -73,9 +73,8 @@ def lineage(uri: str, *, lake: str) -> Lineage:
             run_id=None if writer is None else str(writer["run_id"]),
             missing=missing(table_uri(lake, table), number, table_id),
         )
-        inputs = (writer or {}).get("inputs") or ()
         # Beside tables a run names the files that it read, of which only the last state is there.
-        to_visit += [(i["table"], int(i["version"])) for i in inputs if i["table"] in TABLES and i["table"] != table]
+        to_visit += [read for read in _inputs(runs, writer, table) if read[0] != table]
     return Lineage(
         model=str(version.name),
         version=str(version.version),
@@ -85,6 +84,18 @@ def lineage(uri: str, *, lake: str) -> Lineage:
         tags=tags,
         tables=tuple(uses.values()),
     )
+
+
+def _inputs(runs: list[dict[str, Any]], writer: dict[str, Any] | None, table: str) -> list[tuple[str, int]]:
+    """What went into the table by the run and, where that changed the table in place, by the runs before it."""
+    found: list[tuple[str, int]] = []
+    while writer is not None:
+        read = [(i["table"], int(i["version"])) for i in writer.get("inputs") or () if i["table"] in TABLES]
+        found += read
+        before = next((version for name, version in read if name == table), None)
+        earlier = None if before is None else written_by(runs, table, before)
+        writer = None if earlier is None or earlier["run_id"] >= writer["run_id"] else earlier
+    return found
 
 
 def written_by(runs: list[dict[str, Any]], table: str, version: int) -> dict[str, Any] | None:

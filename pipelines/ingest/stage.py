@@ -23,6 +23,7 @@ from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from pipelines import lake as lakehouse
+from pipelines.changes import Since
 from pipelines.errors import LakeError
 from pipelines.ingest.config import IngestConfig, SourceConfig
 from pipelines.ingest.lines import RAW_BYTES
@@ -72,7 +73,9 @@ _TASK_BYTES = 32 * 1024 * 1024
 Batches = Iterator[pa.RecordBatch]
 
 
-def run(spark: SparkSession, lake: str, config: IngestConfig, *, run_id: str) -> lakehouse.StageResult:
+def run(
+    spark: SparkSession, lake: str, config: IngestConfig, *, run_id: str, since: Since = None
+) -> lakehouse.StageResult:
     """Ingest every source of `config`.
 
     Returns counts: records = documents + quarantined (also by reason, `quarantined.REASON`), files, skipped (files

@@ -1,7 +1,7 @@
 """silver.documents -> gold.tokens: the tokens of every accepted, kept document, and its split.
 
 What a document says is text: ``<|endoftext|>`` written in it is encoded as its characters, never as the control token.
-Left out: following the change feed. A run tokenizes all that is kept and commits what differs.
+A run after the first encodes the documents of which silver.documents or silver.duplicates says something else.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pyspark.sql import functions as F
 from tokenizers import Tokenizer
 
 from pipelines import lake as tables_of
+from pipelines.changes import Since, changes, keys, within
 from pipelines.lake import StageResult
 from pipelines.tables import GOLD_TOKENS, SILVER_DOCUMENTS, SILVER_DUPLICATES
 from pipelines.tokenize.config import TokenizeConfig
@@ -27,13 +28,21 @@ SLICE = 1 << 20
 _HASH_DIGITS = 12
 
 
-def run(spark: SparkSession, lake: str, config: TokenizeConfig, *, run_id: str) -> StageResult:
-    """Bring the tokenizer's edition of gold.tokens in line with silver. Raises LakeError when there is no tokenizer."""
+def run(spark: SparkSession, lake: str, config: TokenizeConfig, *, run_id: str, since: Since = None) -> StageResult:
+    """Bring the tokenizer's edition of gold.tokens in line with silver.
+
+    since: the versions of silver's tables that the last run by this configuration saw; None looks at every document.
+    Raises LakeError when there is no tokenizer.
+    """
     tokenizer_id = chosen_tokenizer(lake, config.tokenizer)
     inputs = {t.name: tables_of.version(spark, lake, t) for t in (SILVER_DOCUMENTS, SILVER_DUPLICATES)}
     kept = kept_documents(spark, lake, inputs)
     tables_of.ensure(spark, lake, GOLD_TOKENS)
-    documents = kept.select(
+    changed = [
+        changes(spark, lake, t, since, inputs[t.name], "document_id") for t in (SILVER_DOCUMENTS, SILVER_DUPLICATES)
+    ]
+    looked_at = None if changed[0] is None or changed[1] is None else keys(changed[0].union(changed[1]))
+    documents = within(kept, looked_at).select(
         "document_id",
         "source",
         "kind",
@@ -44,7 +53,7 @@ def run(spark: SparkSession, lake: str, config: TokenizeConfig, *, run_id: str) 
     tokens = documents.mapInArrow(encode_batches(tokenizer_json(lake, tokenizer_id)), schema)
     tokens = tokens.withColumn("tokenizer_id", F.lit(tokenizer_id))
     scope = f"tokenizer_id = '{tokenizer_id}'"
-    written = tables_of.sync(spark, lake, GOLD_TOKENS, tokens, scope=scope)
+    written = tables_of.sync(spark, lake, GOLD_TOKENS, tokens, scope=scope, among=looked_at)
     edition = tables_of.read(spark, lake, GOLD_TOKENS, written.version).where(scope)
     counts = {"documents": 0, "tokens": 0}
     for row in edition.groupBy("split").agg(F.count("*"), F.sum("token_count")).toLocalIterator():

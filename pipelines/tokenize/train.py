@@ -19,6 +19,7 @@ from pyspark.sql import functions as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from pipelines import lake as tables_of
+from pipelines.changes import Since
 from pipelines.errors import LakeError
 from pipelines.lake import StageResult
 from pipelines.tables import SILVER_DOCUMENTS, SILVER_DUPLICATES, SPECIAL_TOKENS, tokenizer_uri
@@ -39,7 +40,9 @@ PATTERN = "|".join(
 )
 
 
-def run(spark: SparkSession, lake: str, config: TrainTokenizerConfig, *, run_id: str) -> StageResult:
+def run(
+    spark: SparkSession, lake: str, config: TrainTokenizerConfig, *, run_id: str, since: Since = None
+) -> StageResult:
     """Train the lake's tokenizer where it has none yet, or where asked to.
 
     Raises LakeError when no accepted document has text.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -10,40 +12,44 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.pack.config import PackConfig
-from pipelines.pack.packing import best_fit, concat
-from pipelines.pack.stage import Packer
+from pipelines.pack.packing import best_fit, concat, cut
+from pipelines.pack.pieces import cut_documents
+from pipelines.pack.sequences import Edition
 
-LENGTHS = st.lists(st.integers(0, 40), max_size=30)
+LENGTHS = st.lists(st.integers(1, 40), max_size=30)
 END, PAD = 0, 1
 
 
-@settings(max_examples=300, deadline=None)
-@given(LENGTHS, st.integers(2, 17), st.sampled_from([best_fit, concat]))
-def test_every_token_is_in_exactly_one_sequence(lengths: list[int], sequence_length: int, arrange: object) -> None:
-    sequences = arrange(lengths, sequence_length)  # type: ignore[operator]
+@given(st.integers(1, 200), st.integers(2, 17))
+def test_a_document_is_cut_only_where_it_does_not_fit(length: int, sequence_length: int) -> None:
+    pieces = cut(length, sequence_length)
+    assert [offset for offset, _ in pieces] == list(range(0, length, sequence_length))
+    assert sum(n for _, n in pieces) == length
+    assert all(n == sequence_length for _, n in pieces[:-1])
+    assert 0 < pieces[-1][1] <= sequence_length
+
+
+@settings(max_examples=300)
+@given(LENGTHS, st.integers(2, 17), st.booleans())
+def test_every_token_is_in_exactly_one_sequence(lengths: list[int], sequence_length: int, whole: bool) -> None:
+    lengths = [min(n, sequence_length) for n in lengths] if whole else lengths
+    sequences = (best_fit if whole else concat)(lengths, sequence_length)
     placed: dict[int, list[tuple[int, int]]] = {}
-    for pieces in sequences:
-        assert 0 < sum(p.length for p in pieces) <= sequence_length
-        for piece in pieces:
-            placed.setdefault(piece.document, []).append((piece.offset, piece.length))
-    assert set(placed) == {i for i, n in enumerate(lengths) if n}
-    for document, parts in placed.items():
+    for parts in sequences:
+        assert 0 < sum(p.length for p in parts) <= sequence_length
+        for part in parts:
+            placed.setdefault(part.piece, []).append((part.start, part.length))
+    assert set(placed) == set(range(len(lengths)))
+    for piece, parts_of in placed.items():
         at = 0
-        for offset, length in sorted(parts):
-            assert offset == at
+        for start, length in sorted(parts_of):
+            assert start == at
             assert length > 0
             at += length
-        assert at == lengths[document]
-
-
-@settings(max_examples=200, deadline=None)
-@given(LENGTHS, st.integers(2, 17))
-def test_best_fit_cuts_only_what_does_not_fit(lengths: list[int], sequence_length: int) -> None:
-    sequences = best_fit(lengths, sequence_length)
-    pieces = [p for s in sequences for p in s]
-    assert len(pieces) == sum(-(-n // sequence_length) for n in lengths)
-    # Two sequences less than half full would have been one.
-    assert sum(2 * sum(p.length for p in s) <= sequence_length for s in sequences) <= 1
+        assert at == lengths[piece]
+    if whole:
+        # Two sequences less than half full would have been one.
+        assert sum(2 * sum(p.length for p in s) <= sequence_length for s in sequences) <= 1
 
 
 def test_best_fit_equals_a_plain_search() -> None:
@@ -63,19 +69,24 @@ def test_best_fit_equals_a_plain_search() -> None:
 def test_waste_is_small_on_skewed_lengths() -> None:
     rng = random.Random(0)
     lengths = [int(rng.lognormvariate(6, 1.2)) + 1 for _ in range(3000)]
-    sequences = best_fit(lengths, 2048)
+    sequences = best_fit([n for length in lengths for _, n in cut(length, 2048)], 2048)
     assert len(sequences) * 2048 <= sum(lengths) * 1.01 + 2048
 
 
-def documents(lengths: list[int]) -> pa.Table:
-    rng = random.Random(3)
-    return pa.table(
-        {
-            "document_id": [f"d{i}" for i in range(len(lengths))],
-            "tokens": [np.arange(2, 2 + n, dtype="<u4").tobytes() for n in lengths],
-            "draw": [f"{rng.random():.12f}" for _ in lengths],
-        }
-    )
+def documents(lengths: list[int]) -> pa.RecordBatch:
+    ids = [f"d{i}" for i in range(len(lengths))]
+    tokens = [np.arange(2, 2 + n, dtype="<u4").tobytes() for n in lengths]
+    same = {"split": ["train"] * len(ids), "domain": ["text"] * len(ids)}
+    return pa.record_batch({"document_id": ids, **same, "tokens": tokens})
+
+
+def packed(documents: pa.RecordBatch, sequence_length: int, mode: str = "best_fit") -> list[dict[str, Any]]:
+    config = PackConfig.model_validate({"sequence_length": sequence_length, "mode": mode})
+    edition = Edition(config=config, tokenizer_id="t", end=END, pad=PAD)
+    pieces = cut_documents(documents, config, END)
+    draw = [hashlib.sha256(d.encode()).hexdigest() for d in pieces["document_id"].to_pylist()]
+    table = pa.table(pieces).append_column("draw", pa.array(draw))
+    return pa.Table.from_batches(edition.sequences("train", "text", table)).to_pylist()
 
 
 @settings(max_examples=100, deadline=None)
@@ -83,12 +94,10 @@ def documents(lengths: list[int]) -> pa.Table:
     st.lists(st.integers(1, 40), min_size=1, max_size=12), st.integers(2, 12), st.sampled_from(["best_fit", "concat"])
 )
 def test_sequences_give_the_documents_back(lengths: list[int], sequence_length: int, mode: str) -> None:
-    config = PackConfig.model_validate({"sequence_length": sequence_length, "mode": mode})
-    packer = Packer(config, tokenizer_id="t", end=END, pad=PAD)
     table = documents(lengths)
-    rows = pa.Table.from_batches(packer.sequences("train", "text", table)).to_pylist()
-    shuffled = table.take(list(reversed(range(len(lengths)))))
-    assert rows == pa.Table.from_batches(packer.sequences("train", "text", shuffled)).to_pylist()
+    rows = packed(table, sequence_length, mode)
+    shuffled = table.take(pa.array(reversed(range(len(lengths)))))
+    assert rows == packed(shuffled, sequence_length, mode)
     assert len({r["sequence_id"] for r in rows}) == len(rows)
     found: dict[str, list[list[int]]] = {}
     for row in rows:
@@ -106,12 +115,11 @@ def test_sequences_give_the_documents_back(lengths: list[int], sequence_length: 
 
 
 def test_other_tokens_of_equal_number_are_another_sequence() -> None:
-    packer = Packer(PackConfig.model_validate({"sequence_length": 8}), tokenizer_id="t", end=END, pad=PAD)
     table = documents([3, 9])
     first = np.frombuffer(table["tokens"][0].as_py(), "<u4") + 1
     tokens = pa.array([first.tobytes(), table["tokens"][1].as_py()], pa.binary())
     other = table.set_column(table.schema.get_field_index("tokens"), "tokens", tokens)
-    before, after = (pa.Table.from_batches(packer.sequences("train", "text", t)).to_pylist() for t in (table, other))
+    before, after = packed(table, 8), packed(other, 8)
     for one, two in zip(before, after, strict=True):
         assert (one["sequence_id"] == two["sequence_id"]) == (one["tokens"] == two["tokens"])
     assert before != after
