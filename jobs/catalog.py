@@ -20,6 +20,8 @@ JOBS: dict[str, Job] = {
     "tokenize": Job("jobs.tokenize", "tokenize accepted, kept documents into gold.tokens"),
     "pack": Job("jobs.pack", "pack tokens into training sequences of one length"),
     "pipeline": Job("jobs.pipeline", "ingest to pack, in order, in one Spark session"),
+    "erase": Job("jobs.erase", "erase documents from every table, and prove it"),
+    "maintain": Job("jobs.maintain", "compact the tables' files; remove old files that nothing pins"),
     "report": Job("jobs.report", "one HTML page about the lake: funnel, rules, languages, lineage"),
     "train": Job("jobs.train", "train a mixture of experts on a pinned version of gold.sequences"),
     "evaluate": Job("jobs.evaluate", "held-out loss and bits a byte by domain, beside n-gram baselines"),

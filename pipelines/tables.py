@@ -326,6 +326,21 @@ OPS_PROMOTIONS = Table(
     ),
 )
 
+OPS_ERASURES = Table(
+    name="ops.erasures",
+    comment="every document that was asked to be erased; while its row is there, ingest leaves the document out",
+    key=("document_id", "requested_at"),
+    schema=pa.schema(
+        [
+            column("document_id", pa.string(), "as it was in bronze.documents", nullable=False),
+            column("requested_at", TIMESTAMP, "UTC", nullable=False),
+            column("reason", pa.string(), "why, in the words of who asked"),
+            column("completed_at", TIMESTAMP, "when no table held it any more; null: not done yet"),
+            column("table_versions", pa.list_(TABLE_VERSION), "the versions at which it was looked for and not found"),
+        ]
+    ),
+)
+
 TABLES: dict[str, Table] = {
     t.name: t
     for t in (
@@ -338,5 +353,6 @@ TABLES: dict[str, Table] = {
         GOLD_SEQUENCES,
         OPS_RUNS,
         OPS_PROMOTIONS,
+        OPS_ERASURES,
     )
 }

@@ -53,6 +53,11 @@ def connect(lake: str, *, create: bool = True) -> MlflowClient:
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
+def has_store(lake: str) -> bool:
+    """Whether there is a store to ask; a server counts, whether it answers or not."""
+    return _absent_file(tracking_uri(lake)) is None
+
+
 def _absent_file(uri: str) -> Path | None:
     """The SQLite file of a store that is not there yet; None for a store that is there or of another kind."""
     file = Path(uri.removeprefix("sqlite:///"))

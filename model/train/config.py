@@ -11,6 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from model.device import DeviceName
 from model.errors import ModelError
 
+# The folder of a lake that trainings write to.
+TRAININGS = "training"
+
 
 class TrainConfig(BaseModel):
     """One training. What decides the weights is kept with the output and may not change between its restarts."""
@@ -56,7 +59,7 @@ class TrainConfig(BaseModel):
             return Path(self.output)
         if "://" in lake and not lake.startswith("file://"):
             raise ModelError(f"The lake {lake} is no local folder; name a local output for the training.", 2)
-        return Path(lake.removeprefix("file://")) / "training" / self.name
+        return Path(lake.removeprefix("file://")) / TRAININGS / self.name
 
     def identity(self) -> dict[str, Any]:
         """The fields that the weights depend on. The others may change between restarts."""

@@ -1,0 +1,136 @@
+"""Documents that must go: requested, deleted from bronze, and proved to be in no table.
+
+``request`` writes a row of ops.erasures a document, which also keeps it out when its file is ingested again, and
+deletes it from bronze; the stages then follow bronze's change feed as after any change; ``complete`` looks for the
+documents in every table and writes down at which versions they were in none. Killed anywhere, the next erase goes on
+with what is not completed. Old files hold the documents until maintain's vacuum removes them.
+
+Left out: models that were trained on the documents.
+"""
+
+from __future__ import annotations
+
+from delta.tables import DeltaTable
+from pyspark.errors import AnalysisException, ParseException
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from pipelines.changes import keys, within
+from pipelines.erase.config import EraseConfig
+from pipelines.errors import LakeError
+from pipelines.lake import ensure, exists, read, sync, version
+from pipelines.sql import literals
+from pipelines.tables import BRONZE_DOCUMENTS, BRONZE_QUARANTINE, OPS_ERASURES, TABLES, Table
+
+# As ingest makes a document_id of a record's source and id, quarantined records included.
+_DOCUMENT_ID = "sha2(concat(source, '\\0', source_id), 256)"
+_VERSIONS = "array<struct<table: string, version: bigint>>"
+
+
+def request(spark: SparkSession, lake: str, config: EraseConfig) -> dict[str, int]:
+    """Ask for the erasure and delete from bronze; counts of documents asked for and rows deleted.
+
+    Raises LakeError (exit code 2) when nothing matches, or a document is not known, or the condition is no SQL.
+    """
+    for table in (OPS_ERASURES, BRONZE_QUARANTINE):
+        ensure(spark, lake, table)
+    wanted = keys(selected(spark, lake, config))
+    erasures = read(spark, lake, OPS_ERASURES)
+    pending = erasures.where("completed_at IS NULL").select("document_id")
+    assert wanted is not None
+    new = wanted.join(pending, "document_id", "left_anti").select(
+        "document_id",
+        F.current_timestamp().alias("requested_at"),
+        F.lit(config.reason).alias("reason"),
+        F.lit(None).cast("timestamp").alias("completed_at"),
+        F.lit(None).cast(_VERSIONS).alias("table_versions"),
+    )
+    requested = sync(spark, lake, OPS_ERASURES, new.localCheckpoint(), delete=False).inserted
+    ids = keys(read(spark, lake, OPS_ERASURES).where("completed_at IS NULL"))
+    assert ids is not None
+    counts = {"requested": requested}
+    for table, key in ((BRONZE_QUARANTINE, _DOCUMENT_ID), (BRONZE_DOCUMENTS, "document_id")):
+        rows = read(spark, lake, table).withColumn("__id", F.expr(key))
+        found = within(rows, ids, "__id").select(*table.key).localCheckpoint()
+        counts[f"deleted.{table.name}"] = found.count()
+        if counts[f"deleted.{table.name}"]:
+            on = " AND ".join(f"t.{k} = c.{k}" for k in table.key)
+            target = DeltaTable.forPath(spark, table.uri(lake)).alias("t")
+            target.merge(found.alias("c"), on).whenMatchedDelete().execute()
+    return counts
+
+
+def selected(spark: SparkSession, lake: str, config: EraseConfig) -> DataFrame:
+    """document_id of what the settings name: in bronze, or erased before and not completed."""
+    bronze = read(spark, lake, BRONZE_DOCUMENTS)
+    if config.document_id:
+        asked = spark.createDataFrame([(i,) for i in dict.fromkeys(config.document_id)], "document_id string")
+        known = bronze.select("document_id").union(read(spark, lake, OPS_ERASURES).select("document_id"))
+        unknown = asked.join(known, "document_id", "left_anti").first()
+        if unknown:
+            raise LakeError(f"There is no document {unknown[0]} in {lake}: check the id, or erase by --where.", 2)
+        return asked
+    if config.source:
+        condition = f"source IN ({literals(config.source)})"
+        records = read(spark, lake, BRONZE_QUARANTINE).where(condition).selectExpr(f"{_DOCUMENT_ID} AS document_id")
+        found = bronze.where(condition).select("document_id").union(records)
+    else:
+        try:
+            found = bronze.where(config.where).select("document_id")
+        except (AnalysisException, ParseException) as error:
+            words = str(error).splitlines()[0]
+            raise LakeError(f"--where {config.where!r} is no condition on bronze.documents: {words}", 2) from error
+    if found.isEmpty() and read(spark, lake, OPS_ERASURES).where("completed_at IS NULL").isEmpty():
+        raise LakeError(f"Nothing in {lake} matches: no document was erased; check the name or the condition.", 2)
+    return found
+
+
+def complete(spark: SparkSession, lake: str) -> dict[str, int]:
+    """Prove that no table holds a requested document, and write down the versions; they are returned by table.
+
+    Raises LakeError (exit code 75) that names the table which still holds one.
+    """
+    ids = keys(read(spark, lake, OPS_ERASURES).where("completed_at IS NULL"))
+    versions = {}
+    for table in TABLES.values():
+        if table.name.startswith("ops.") or not exists(spark, lake, table):
+            continue
+        at = version(spark, lake, table)
+        assert at is not None
+        held = documents_of(read(spark, lake, table, at), table)
+        if left := within(held, ids).first():
+            raise LakeError(
+                f"{table.name} at version {at} still holds document {left[0]}: another job wrote it; run erase again.",
+                75,
+            )
+        versions[table.name] = at
+    proof = F.array(*(F.struct(F.lit(n).alias("table"), F.lit(v).alias("version")) for n, v in versions.items()))
+    done = read(spark, lake, OPS_ERASURES).where("completed_at IS NULL")
+    done = done.withColumns({"completed_at": F.current_timestamp(), "table_versions": proof.cast(_VERSIONS)})
+    sync(spark, lake, OPS_ERASURES, done.localCheckpoint(), delete=False)
+    return versions
+
+
+def documents_of(rows: DataFrame, table: Table) -> DataFrame:
+    """document_id of every document that the table's rows hold or speak of."""
+    names = table.schema.names
+    if "document_ids" in names:
+        return rows.select(F.explode("document_ids").alias("document_id"))
+    return rows.select("document_id" if "document_id" in names else F.expr(_DOCUMENT_ID).alias("document_id"))
+
+
+def restore(spark: SparkSession, lake: str, config: EraseConfig) -> int:
+    """Forget the erasure of documents named by their ids, so that ingest takes them again; how many there were.
+
+    Raises LakeError (exit code 2) when none of them was erased.
+    """
+    ensure(spark, lake, OPS_ERASURES)
+    rows = read(spark, lake, OPS_ERASURES)
+    found = rows.where(f"document_id IN ({literals(config.document_id)})").select(*OPS_ERASURES.key).localCheckpoint()
+    if not (count := found.count()):
+        raise LakeError(f"None of these documents was erased in {lake}: ops.erasures has the ids.", 2)
+    on = " AND ".join(f"t.{k} = c.{k}" for k in OPS_ERASURES.key)
+    DeltaTable.forPath(spark, OPS_ERASURES.uri(lake)).alias("t").merge(
+        found.alias("c"), on
+    ).whenMatchedDelete().execute()
+    return count
