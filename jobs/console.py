@@ -9,22 +9,40 @@ from contextlib import contextmanager
 from rich.console import Console
 
 out = Console(highlight=False, soft_wrap=True)
+# Seconds between lines about the same work, where there is no terminal.
+LINE_EVERY = 30
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 @contextmanager
-def working(what: str) -> Iterator[None]:
-    """A spinner with the elapsed time while the body runs; one line where there is no terminal."""
-    start = time.monotonic()
+def working(what: str) -> Iterator[Callable[[str], None]]:
+    """A spinner with the elapsed time while the body runs; one line where there is no terminal.
+
+    Gives a function that shows how far the work is: beside the spinner, else as a line now and then.
+    """
+    start = last = time.monotonic()
+
+    def line(far: str) -> None:
+        nonlocal last
+        if far and time.monotonic() - last > LINE_EVERY:
+            last = time.monotonic()
+            out.print(f"  {what}: {last - start:.0f} s, {far}", markup=False)
+
     if out.is_terminal:
         from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-        with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), transient=True) as bar:
-            bar.add_task(what, total=None)
-            yield
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[far]}"),
+        )
+        with Progress(*columns, console=out, transient=True) as bar:
+            task = bar.add_task(what, total=None, far="")
+            yield lambda far: bar.update(task, far=far)
     else:
         out.print(f"{what} ...", markup=False)
-        yield
+        yield line
     out.print(f"  {what}: {time.monotonic() - start:.1f} s", markup=False, style="dim")
 
 

@@ -1,6 +1,6 @@
 """Running one stage of the pipeline: spare it where nothing changed, run it in the shared Spark session, record it.
 
-Progress goes to a terminal as a spinner with the time, elsewhere as plain lines.
+Progress goes to a terminal as a spinner with the time, Spark's tasks and rows, elsewhere as plain lines.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from jobs import console, runs
+from jobs.progress import watched
 from pipelines.clean.config import CleanConfig
 from pipelines.dedup.config import DedupConfig
 from pipelines.ingest.config import IngestConfig
@@ -67,14 +68,14 @@ def record_stage(
     since: the versions of its inputs that the last run saw; None: it looks at everything. options: more arguments.
     """
     before = {name: runs.table_version(lake, name) for name in TABLES if not name.startswith("ops.")}
-    with console.working(job), runs.recorded(lake, job, config.model_dump(mode="json")) as run:
+    with console.working(job) as show, runs.recorded(lake, job, config.model_dump(mode="json")) as run:
         stage: Callable[..., StageResult] = getattr(importlib.import_module(STAGES[job].module), function)
         from pipelines.lake import committing
         from pipelines.session import spark_session
 
         spark = spark_session()
         spark.sparkContext.setJobDescription(job)
-        with committing(spark, run.run_id):
+        with committing(spark, run.run_id), watched(spark, show):
             result = stage(spark, lake, config, run_id=run.run_id, since=since, **options)
         run.inputs, run.outputs, run.counts = result.inputs, result.outputs, result.counts
         written = [before.get(name) != version for name, version in result.outputs.items()]

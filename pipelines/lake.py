@@ -27,6 +27,7 @@ from pipelines.tables import Table
 # Who wrote a row and when is no part of what the row says.
 NOT_COMPARED = ("run_id", "ingested_at", "at")
 _OPERATION = "__operation"
+_DESCRIPTION = "spark.job.description"
 _USER_METADATA = "spark.databricks.delta.commitInfo.userMetadata"
 
 
@@ -151,6 +152,18 @@ def committing(spark: SparkSession, run_id: str) -> Iterator[None]:
         spark.conf.unset(_USER_METADATA)
 
 
+@contextmanager
+def _described(spark: SparkSession, what: str) -> Iterator[None]:
+    """Spark's UI calls the queries of the body by the job's name and this."""
+    context = spark.sparkContext
+    before = context.getLocalProperty(_DESCRIPTION)
+    context.setJobDescription(f"{before}: {what}" if before else what)
+    try:
+        yield
+    finally:
+        context.setLocalProperty(_DESCRIPTION, before)  # type: ignore[arg-type]
+
+
 def sync(
     spark: SparkSession,
     lake: str,
@@ -176,9 +189,11 @@ def sync(
     try:
         changes = _changes(df, within(old, among, key[0]), table, delete).persist()
         try:
-            counted = {row[0]: int(row[1]) for row in changes.groupBy(_OPERATION).count().toLocalIterator()}
+            with _described(spark, f"compare with {table.name}"):
+                counted = {row[0]: int(row[1]) for row in changes.groupBy(_OPERATION).count().toLocalIterator()}
             if counted:
-                _merge(target, changes, key, names)
+                with _described(spark, f"write {table.name}"):
+                    _merge(target, changes, key, names)
         finally:
             changes.unpersist()
     finally:
