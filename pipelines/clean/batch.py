@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from pipelines.batches import slices
 from pipelines.clean import c4, code, gopher
 from pipelines.clean.config import CleanConfig
 from pipelines.clean.language import language
@@ -25,22 +25,9 @@ from pipelines.clean.words import Floats, index_words
 from pipelines.ingest.languages import code_language
 from pipelines.tables import SIGNALS, SILVER_DOCUMENTS
 
-SLICE_BYTES = 4 * 1024 * 1024
 SIGNAL_NAMES = tuple(SIGNALS.field(i).name for i in range(SIGNALS.num_fields))
 OUTPUT = pa.schema([f for f in SILVER_DOCUMENTS.schema if f.name not in ("rejected_by", "run_id")])
 LICENSE_OUTPUT = pa.schema([(name, pa.string()) for name in ("source", "directory", "license")])
-
-
-def slices(batch: pa.RecordBatch, column: str, limit: int = SLICE_BYTES) -> Iterator[pa.RecordBatch]:
-    """The batch in slices of at most ``limit`` bytes of the column, or of one row where a row is longer."""
-    start, size = 0, 0
-    for row, length in enumerate(pc.binary_length(batch.column(column)).to_pylist()):
-        if row > start and size + length > limit:
-            yield batch.slice(start, row - start)
-            start, size = row, 0
-        size += length
-    if start < batch.num_rows:
-        yield batch.slice(start)
 
 
 def text_signals(texts: list[str]) -> dict[str, Floats]:

@@ -11,40 +11,14 @@ MinHash: Broder, "On the resemblance and containment of documents" (1997). Bandi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-UInt64 = npt.NDArray[np.uint64]
-Int64 = npt.NDArray[np.int64]
+from pipelines.hashing import BASE, Int64, Ragged, UInt64, hash_words, mix, rolling
 
 NOT_A_CODE_TOKEN = r"[^\p{L}\p{N}_]+"
-_BASE = np.uint64(0x9E3779B97F4A7C15)
-
-
-def mix(x: UInt64) -> UInt64:
-    """SplitMix64's finaliser (Steele, Lea and Flood 2014): a bijection of 64-bit words that spreads every bit."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-@dataclass(frozen=True)
-class Ragged:
-    """One list of 64-bit hashes a document: document i's are ``values[offsets[i]:offsets[i + 1]]``."""
-
-    values: UInt64
-    offsets: Int64
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def row(self, i: int) -> UInt64:
-        return self.values[self.offsets[i] : self.offsets[i + 1]]
 
 
 def word_hashes(texts: pa.Array, is_code: npt.NDArray[np.bool_]) -> Ragged:
@@ -54,36 +28,21 @@ def word_hashes(texts: pa.Array, is_code: npt.NDArray[np.bool_]) -> Ragged:
         mask = pa.array(is_code)
         tokens = pc.replace_substring_regex(texts.filter(mask), pattern=NOT_A_CODE_TOKEN, replacement=" ")
         texts = pc.replace_with_mask(texts, mask, tokens)
-    split = pc.utf8_split_whitespace(texts)
-    words = split.flatten().dictionary_encode()
-    # Each distinct word is hashed once; pandas' string hash is keyed by a constant, unlike Python's.
-    distinct = pd.util.hash_array(words.dictionary.to_numpy(zero_copy_only=False).astype(object), categorize=False)
-    distinct = mix(distinct.astype(np.uint64))
-    codes = words.indices.to_numpy()
-    hashes = distinct[codes] if len(codes) else np.empty(0, np.uint64)
-    # White space at either end of a text gives an empty word there.
-    empty = pc.equal(words.dictionary, "").to_numpy(zero_copy_only=False)
-    real = ~empty[codes] if len(codes) else np.empty(0, bool)
-    before = np.concatenate([[0], np.cumsum(real)]).astype(np.int64)
-    offsets = split.offsets.to_numpy() - split.offsets[0].as_py()
-    return Ragged(hashes[real], before[offsets])
+    return hash_words(texts)
 
 
 def shingle_hashes(words: Ragged, size: int) -> Ragged:
     """The hash of every shingle of ``size`` words, in order, repeats included."""
     counts = np.diff(words.offsets)
     n = len(words.values)
-    rolled = np.zeros(n, np.uint64)
-    for k in range(min(size, n)):
-        rolled[: n - k] *= _BASE
-        rolled[: n - k] += words.values[k:]
+    _, rolled = next(rolling(words.values, [size]))
     starts = np.arange(n) - np.repeat(words.offsets[:-1], counts)
     keep = starts + size <= np.repeat(counts, counts)
     short = np.flatnonzero((counts > 0) & (counts < size))
     for i in short.tolist():
         value = np.zeros(1, np.uint64)
         for word in words.row(i):
-            value = value * _BASE + word
+            value = value * BASE + word
         rolled[words.offsets[i]] = value[0]
     keep[words.offsets[short]] = True
     before = np.concatenate([[0], np.cumsum(keep)]).astype(np.int64)
@@ -104,7 +63,7 @@ def signatures(shingles: Ragged, permutations: int) -> UInt64:
     out = np.empty((len(shingles), permutations), np.uint64)
     if not len(shingles):
         return out
-    draws = mix(np.arange(1, 2 * permutations + 1, dtype=np.uint64) * _BASE)
+    draws = mix(np.arange(1, 2 * permutations + 1, dtype=np.uint64) * BASE)
     starts = shingles.offsets[:-1]
     hashed = np.empty_like(shingles.values)
     for j in range(permutations):
@@ -120,7 +79,7 @@ def band_buckets(signature: UInt64, bands: int, rows: int) -> Int64:
     for band in range(bands):
         bucket = np.full(len(signature), band + 1, np.uint64)
         for row in range(rows):
-            bucket = mix((bucket ^ signature[:, band * rows + row]) + _BASE)
+            bucket = mix((bucket ^ signature[:, band * rows + row]) + BASE)
         out[:, band] = bucket
     return out.view(np.int64)
 

@@ -9,7 +9,8 @@ import pyarrow as pa
 import pytest
 from pydantic import ValidationError
 
-from pipelines.clean.batch import clean_rows, slices
+from pipelines.batches import slices
+from pipelines.clean.batch import clean_rows
 from pipelines.clean.config import CleanConfig, Rule
 from pipelines.clean.stage import run
 from pipelines.lake import ensure, read, spark_schema, sync
