@@ -15,6 +15,7 @@ JOBS: dict[str, Job] = {
     "quickstart": Job("jobs.quickstart", "the whole way on real input, from documents to a model that answers"),
     "ingest": Job("jobs.ingest", "read files and records into bronze.documents"),
     "clean": Job("jobs.clean", "normalise, redact and judge every document"),
+    "decontaminate": Job("jobs.decontaminate", "reject documents that hold items of evaluation sets"),
     "dedup": Job("jobs.dedup", "find exact and near duplicates and keep one of each cluster"),
     "train-tokenizer": Job("jobs.train_tokenizer", "train the lake's byte-level BPE tokenizer"),
     "tokenize": Job("jobs.tokenize", "tokenize accepted, kept documents into gold.tokens"),

@@ -9,15 +9,19 @@ from pydantic import BaseModel, Field
 from jobs import ingest, stages
 from jobs.main import main
 from pipelines.clean.config import CleanConfig
+from pipelines.decontaminate.config import DecontaminateConfig
 from pipelines.dedup.config import DedupConfig
 from pipelines.pack.config import PackConfig
 from pipelines.tokenize.config import TokenizeConfig, TrainTokenizerConfig
 
 
 class Settings(ingest.Settings):
-    """Run ingest, clean, dedup, train-tokenizer, tokenize and pack in one Spark session."""
+    """Run ingest, clean, decontaminate, dedup, train-tokenizer, tokenize and pack in one Spark session."""
 
     clean: CleanConfig = Field(default_factory=CleanConfig, description="settings of clean")
+    decontaminate: DecontaminateConfig = Field(
+        default_factory=DecontaminateConfig, description="settings of decontaminate"
+    )
     dedup: DedupConfig = Field(default_factory=DedupConfig, description="settings of dedup")
     train_tokenizer: TrainTokenizerConfig = Field(
         default_factory=TrainTokenizerConfig, description="settings of train-tokenizer"
@@ -31,6 +35,7 @@ def run_stages(settings: Settings) -> dict[str, dict[str, int]]:
     configs: dict[str, BaseModel] = {
         "ingest": ingest.config_of(settings),
         "clean": settings.clean,
+        "decontaminate": settings.decontaminate,
         "dedup": settings.dedup,
         "train-tokenizer": settings.train_tokenizer,
         "tokenize": settings.tokenize,

@@ -15,6 +15,8 @@ from pydantic import BaseModel
 from jobs import console, runs
 from jobs.progress import watched
 from pipelines.clean.config import CleanConfig
+from pipelines.decontaminate.config import DecontaminateConfig
+from pipelines.decontaminate.sets import read_sets, sets_input
 from pipelines.dedup.config import DedupConfig
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.listing import fingerprints, list_sources
@@ -37,14 +39,15 @@ class Stage:
 
 STAGES: dict[str, Stage] = {
     "ingest": Stage("pipelines.ingest.stage", IngestConfig, "lakemoe clean"),
-    "clean": Stage("pipelines.clean.stage", CleanConfig, "lakemoe dedup"),
+    "clean": Stage("pipelines.clean.stage", CleanConfig, "lakemoe decontaminate"),
+    "decontaminate": Stage("pipelines.decontaminate.stage", DecontaminateConfig, "lakemoe dedup"),
     "dedup": Stage("pipelines.dedup.stage", DedupConfig, "lakemoe train-tokenizer"),
     "train-tokenizer": Stage("pipelines.tokenize.train", TrainTokenizerConfig, "lakemoe tokenize"),
     "tokenize": Stage("pipelines.tokenize.stage", TokenizeConfig, "lakemoe pack"),
     "pack": Stage("pipelines.pack.stage", PackConfig, "lakemoe train"),
 }
 # The stages that follow documents from table to table.
-FOLLOWERS = ("clean", "dedup", "tokenize", "pack")
+FOLLOWERS = ("clean", "decontaminate", "dedup", "tokenize", "pack")
 
 
 def run_stage(job: str, lake: str, config: BaseModel) -> dict[str, int]:
@@ -89,6 +92,8 @@ def _read_beside_tables(lake: str, config: BaseModel) -> dict[str, int]:
     """What a run by these settings would read that is no table, as StageResult.inputs names it."""
     if isinstance(config, IngestConfig):
         return fingerprints(list_sources(config, lake))
+    if isinstance(config, DecontaminateConfig):
+        return sets_input(read_sets(config))
     if isinstance(config, TokenizeConfig | PackConfig):
         from pipelines.tokenize.train import chosen_tokenizer, tokenizer_input
 

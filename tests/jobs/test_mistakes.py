@@ -17,6 +17,7 @@ from jobs.main import main
     [
         (["ingest", "--source", "nowhere"], "nowhere does not exist", 2),
         (["ingest"], "name a directory or file with --source", 2),
+        (["decontaminate", "--decontaminate.sets", "nowhere"], "nowhere is no folder", 2),
         (["train", "--train.stepz", "3"], "--train.stepz", 2),
         (["evaluate"], "no finished training", 2),
         (["train"], "run the pipeline up to pack first", 1),

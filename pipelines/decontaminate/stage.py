@@ -1,0 +1,158 @@
+"""silver.documents -> the verdicts ``contaminated:SET`` in its rejected_by: documents that hold evaluation items.
+
+The n-grams of all sets are hashed once by the driver and travel to each Python worker once, as a broadcast; text goes
+through one Arrow function. Verdicts stand after the rules', in the order of the sets' names; one that no longer holds
+is taken back. Without sets nothing is done, and verdicts that are there stay. Left out: following the change feed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pyarrow as pa
+from delta.tables import DeltaTable
+from pyspark import Broadcast
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from pipelines import lake as tables_of
+from pipelines.batches import slices
+from pipelines.decontaminate.config import DecontaminateConfig
+from pipelines.decontaminate.ngrams import Index, build, match
+from pipelines.decontaminate.sets import read_sets, sets_input
+from pipelines.errors import LakeError
+from pipelines.lake import StageResult
+from pipelines.tables import CONTAMINATED, SILVER_DOCUMENTS
+
+Batches = Iterator[pa.RecordBatch]
+
+_MATCHES = "document_id string, rejected_by array<string>, contaminated array<string>, ngrams array<bigint>"
+_IS_OURS = f"startswith(name, '{CONTAMINATED}')"
+
+
+def run(spark: SparkSession, lake: str, config: DecontaminateConfig, *, run_id: str) -> StageResult:
+    """Bring the verdicts ``contaminated:SET`` of silver.documents in line with the evaluation sets.
+
+    Raises LakeError when the sets cannot be read, or another job wrote silver.documents meanwhile.
+    """
+    sets = read_sets(config)
+    if not sets:
+        return StageResult(counts={"sets": 0}, inputs=sets_input(sets), unchanged=True)
+    index = build(((one.name, one.texts()) for one in sets), config.ngram)
+    version = tables_of.version(spark, lake, SILVER_DOCUMENTS)
+    documents = tables_of.read(spark, lake, SILVER_DOCUMENTS, version)
+    shared = spark.sparkContext.broadcast(index)
+    found = verdicts(documents, shared).persist()
+    try:
+        # Before the commit: Spark drops what it holds of a table that is written, and would match everything again.
+        counts = {"documents": documents.count()} | count(found, shared)
+        if counts["updated"]:
+            _write(spark, lake, found.where("verdict <> rejected_by"), run_id)
+    finally:
+        found.unpersist()
+        shared.destroy()
+    after = tables_of.version(spark, lake, SILVER_DOCUMENTS) or 0
+    if after != (version or 0) + bool(counts["updated"]):
+        raise LakeError(
+            f"silver.documents in {lake} was written by another job meanwhile: run decontaminate again when it ended.",
+            75,
+        )
+    # The version after is the one seen: what this run wrote gives itself nothing to do.
+    return StageResult(
+        counts=counts,
+        inputs={SILVER_DOCUMENTS.name: after, **sets_input(sets)},
+        outputs={SILVER_DOCUMENTS.name: after},
+    )
+
+
+def verdicts(documents: DataFrame, index: Broadcast[Index]) -> DataFrame:
+    """Documents that hold n-grams of the index, or did: (document_id, rejected_by, contaminated, ngrams, verdict).
+
+    documents: document_id, rejected_by, text. contaminated: sets in the order of the index; verdict: rejected_by as it
+    should be.
+    """
+    read = documents.select("document_id", F.coalesce("rejected_by", F.array()).alias("rejected_by"), "text")
+    matches = read.mapInArrow(match_batches(index), _MATCHES)
+    concerned = matches.where(f"size(contaminated) > 0 OR exists(rejected_by, name -> {_IS_OURS})")
+    others = f"filter(rejected_by, name -> NOT {_IS_OURS})"
+    ours = f"transform(contaminated, name -> concat('{CONTAMINATED}', name))"
+    return concerned.withColumn("verdict", F.expr(f"concat({others}, {ours})"))
+
+
+def match_batches(index: Broadcast[Index]) -> Callable[[Batches], Batches]:
+    """The mapInArrow function of the stage: replaces text by the sets and the n-grams that the document holds."""
+
+    def batches(incoming: Batches) -> Batches:
+        known = index.value
+        names = pa.array(known.sets, pa.string())
+        for batch in incoming:
+            for part in slices(batch, "text"):
+                document, ngram = match(part["text"], known)
+                pair, number = known.sets_of.at(ngram)
+                # A document's n-grams are of few sets: each pair once, by one number that keeps their order.
+                owned = np.unique(document[pair] * len(known.sets) + number)
+                sets = _lists(owned // len(known.sets), names.take(pa.array(owned % len(known.sets))), part.num_rows)
+                ngrams = _lists(document, pa.array(ngram), part.num_rows)
+                columns = [part["document_id"], part["rejected_by"], sets, ngrams]
+                yield pa.RecordBatch.from_arrays(columns, ["document_id", "rejected_by", "contaminated", "ngrams"])
+
+    return batches
+
+
+def item_batches(index: Broadcast[Index]) -> Callable[[Batches], Batches]:
+    """The mapInArrow function from n-grams (ngram bigint) to the items that hold them (name string, item bigint)."""
+
+    def batches(incoming: Batches) -> Batches:
+        known = index.value
+        names = pa.array(known.sets, pa.string())
+        for batch in incoming:
+            _, item = known.items_of.at(batch["ngram"].to_numpy())
+            owner = names.take(pa.array(known.set_of[item]))
+            yield pa.RecordBatch.from_arrays([owner, pa.array(item)], ["name", "item"])
+
+    return batches
+
+
+def count(found: DataFrame, index: Broadcast[Index]) -> dict[str, int]:
+    """The counts of the sets and of what was found of them, in all and by set (``contaminated.SET`` and so on).
+
+    updated: documents whose verdicts differ from those that are stored.
+    """
+    known = index.value
+    items = np.bincount(known.set_of, minlength=len(known.sets))
+    searched = np.bincount(known.set_of[np.unique(known.items_of.values)], minlength=len(known.sets))
+    held = found.select(F.explode("ngrams").alias("ngram")).distinct()
+    held_items = held.mapInArrow(item_batches(index), "name string, item bigint").distinct().groupBy("name").count()
+    documents = found.select(F.explode("contaminated").alias("name")).groupBy("name").count()
+    parts = {
+        "items": dict(zip(known.sets, items.tolist(), strict=True)),
+        "items_too_short": dict(zip(known.sets, (items - searched).tolist(), strict=True)),
+        "items_found": _by_name(held_items),
+        "contaminated": _by_name(documents),
+    }
+    counts = {"sets": len(known.sets), "ngrams": len(known.hashes)}
+    counts |= {total: sum(by_set.values()) for total, by_set in parts.items()}
+    counts["contaminated"], counts["updated"] = found.agg(
+        F.count_if(F.size("contaminated") > 0), F.count_if(F.col("verdict") != F.col("rejected_by"))
+    ).head() or (0, 0)
+    for total, by_set in parts.items():
+        counts |= {f"{total}.{name}": by_set.get(name, 0) for name in known.sets}
+    return counts
+
+
+def _by_name(frame: DataFrame) -> dict[str, int]:
+    return {row[0]: int(row[1]) for row in frame.toLocalIterator()}
+
+
+def _lists(owner: np.ndarray[tuple[int], np.dtype[np.int64]], values: pa.Array, rows: int) -> pa.ListArray:
+    """The values of each of ``rows`` owners as lists; owner: ascending, that of each value."""
+    offsets = np.searchsorted(owner, np.arange(rows + 1)).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), values)
+
+
+def _write(spark: SparkSession, lake: str, differing: DataFrame, run_id: str) -> None:
+    """One commit that sets rejected_by of the documents, and who wrote it."""
+    target = DeltaTable.forPath(spark, SILVER_DOCUMENTS.uri(lake)).alias("t")
+    merge = target.merge(differing.alias("c"), "t.document_id = c.document_id")
+    merge.whenMatchedUpdate(set={"rejected_by": F.col("c.verdict"), "run_id": F.lit(run_id)}).execute()
