@@ -17,4 +17,10 @@ class PackConfig(BaseModel):
     mode: Literal["best_fit", "concat"] = Field("best_fit", description="best_fit, or concat: cut through")
     domain: Literal["kind", "source"] = Field("kind", description="the column that is a sequence's domain")
     seed: int = Field(0, description="which documents share a group, and their order (number)")
+    fim_rate: float = Field(
+        0.0, ge=0, le=1, description="code documents rearranged to fill in the middle; 0: none (fraction)"
+    )
+    fim_spm_rate: float = Field(
+        0.5, ge=0, le=1, description="of these, suffix-prefix-middle and not prefix-suffix-middle (fraction)"
+    )
     tokenizer: str | None = Field(None, description="id of a tokenizer of the lake; the lake's own when not given")
