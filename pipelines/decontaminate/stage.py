@@ -2,22 +2,23 @@
 
 The n-grams of all sets are hashed once by the driver and travel to each Python worker once, as a broadcast; text goes
 through one Arrow function. Verdicts stand after the rules', in the order of the sets' names; one that no longer holds
-is taken back. Without sets nothing is done, and verdicts that are there stay. Left out: following the change feed.
+is taken back. Without sets nothing is done, and verdicts that are there stay. A run after the first matches the
+documents that changed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
-from delta.tables import DeltaTable
 from pyspark import Broadcast
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from pipelines import lake as tables_of
 from pipelines.batches import slices
+from pipelines.changes import Since, changes, keys, within
 from pipelines.decontaminate.config import DecontaminateConfig
 from pipelines.decontaminate.ngrams import Index, build, match
 from pipelines.decontaminate.sets import read_sets, sets_input
@@ -31,9 +32,12 @@ _MATCHES = "document_id string, rejected_by array<string>, contaminated array<st
 _IS_OURS = f"startswith(name, '{CONTAMINATED}')"
 
 
-def run(spark: SparkSession, lake: str, config: DecontaminateConfig, *, run_id: str) -> StageResult:
+def run(
+    spark: SparkSession, lake: str, config: DecontaminateConfig, *, run_id: str, since: Since = None
+) -> StageResult:
     """Bring the verdicts ``contaminated:SET`` of silver.documents in line with the evaluation sets.
 
+    since: the version of silver.documents that the last run with these sets left; None looks at every document.
     Raises LakeError when the sets cannot be read, or another job wrote silver.documents meanwhile.
     """
     sets = read_sets(config)
@@ -41,19 +45,23 @@ def run(spark: SparkSession, lake: str, config: DecontaminateConfig, *, run_id: 
         return StageResult(counts={"sets": 0}, inputs=sets_input(sets), unchanged=True)
     index = build(((one.name, one.texts()) for one in sets), config.ngram)
     version = tables_of.version(spark, lake, SILVER_DOCUMENTS)
-    documents = tables_of.read(spark, lake, SILVER_DOCUMENTS, version)
+    silver = tables_of.read(spark, lake, SILVER_DOCUMENTS, version)
+    changed = keys(changes(spark, lake, SILVER_DOCUMENTS, since, version, "document_id"))
+    documents = within(silver, changed)
     shared = spark.sparkContext.broadcast(index)
     found = verdicts(documents, shared).persist()
     try:
         # Before the commit: Spark drops what it holds of a table that is written, and would match everything again.
-        counts = {"documents": documents.count()} | count(found, shared)
-        if counts["updated"]:
-            _write(spark, lake, found.where("verdict <> rejected_by"), run_id)
+        counts = {"documents": silver.count(), "documents_looked_at": documents.count()} | count(found, shared)
+        revised = found.select("document_id", F.col("verdict").alias("rejected_by"), F.lit(run_id).alias("run_id"))
+        written = tables_of.revise(spark, lake, SILVER_DOCUMENTS, revised)
     finally:
         found.unpersist()
         shared.destroy()
-    after = tables_of.version(spark, lake, SILVER_DOCUMENTS) or 0
-    if after != (version or 0) + bool(counts["updated"]):
+    counts |= {"updated": written.updated}
+    counts |= contaminated(tables_of.read(spark, lake, SILVER_DOCUMENTS, written.version), index.sets)
+    after = written.version
+    if after != (version or 0) + bool(written.updated):
         raise LakeError(
             f"silver.documents in {lake} was written by another job meanwhile: run decontaminate again when it ended.",
             75,
@@ -114,28 +122,28 @@ def item_batches(index: Broadcast[Index]) -> Callable[[Batches], Batches]:
     return batches
 
 
-def count(found: DataFrame, index: Broadcast[Index]) -> dict[str, int]:
-    """The counts of the sets and of what was found of them, in all and by set (``contaminated.SET`` and so on).
+def contaminated(silver: DataFrame, sets: Sequence[str]) -> dict[str, int]:
+    """Documents that hold items, in all and by set (``contaminated.SET``), of the whole table."""
+    names = silver.select("document_id", F.explode("rejected_by").alias("name")).where(_IS_OURS)
+    by_name = _by_name(names.groupBy("name").count())
+    total = names.select("document_id").distinct().count()
+    return {"contaminated": total} | {f"contaminated.{name}": by_name.get(CONTAMINATED + name, 0) for name in sets}
 
-    updated: documents whose verdicts differ from those that are stored.
-    """
+
+def count(found: DataFrame, index: Broadcast[Index]) -> dict[str, int]:
+    """The counts of the sets' items and of those found in the documents looked at, in all and by set."""
     known = index.value
     items = np.bincount(known.set_of, minlength=len(known.sets))
     searched = np.bincount(known.set_of[np.unique(known.items_of.values)], minlength=len(known.sets))
     held = found.select(F.explode("ngrams").alias("ngram")).distinct()
     held_items = held.mapInArrow(item_batches(index), "name string, item bigint").distinct().groupBy("name").count()
-    documents = found.select(F.explode("contaminated").alias("name")).groupBy("name").count()
     parts = {
         "items": dict(zip(known.sets, items.tolist(), strict=True)),
         "items_too_short": dict(zip(known.sets, (items - searched).tolist(), strict=True)),
         "items_found": _by_name(held_items),
-        "contaminated": _by_name(documents),
     }
     counts = {"sets": len(known.sets), "ngrams": len(known.hashes)}
     counts |= {total: sum(by_set.values()) for total, by_set in parts.items()}
-    counts["contaminated"], counts["updated"] = found.agg(
-        F.count_if(F.size("contaminated") > 0), F.count_if(F.col("verdict") != F.col("rejected_by"))
-    ).head() or (0, 0)
     for total, by_set in parts.items():
         counts |= {f"{total}.{name}": by_set.get(name, 0) for name in known.sets}
     return counts
@@ -149,10 +157,3 @@ def _lists(owner: np.ndarray[tuple[int], np.dtype[np.int64]], values: pa.Array, 
     """The values of each of ``rows`` owners as lists; owner: ascending, that of each value."""
     offsets = np.searchsorted(owner, np.arange(rows + 1)).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), values)
-
-
-def _write(spark: SparkSession, lake: str, differing: DataFrame, run_id: str) -> None:
-    """One commit that sets rejected_by of the documents, and who wrote it."""
-    target = DeltaTable.forPath(spark, SILVER_DOCUMENTS.uri(lake)).alias("t")
-    merge = target.merge(differing.alias("c"), "t.document_id = c.document_id")
-    merge.whenMatchedUpdate(set={"rejected_by": F.col("c.verdict"), "run_id": F.lit(run_id)}).execute()

@@ -17,6 +17,7 @@ from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
 from pipelines.pack.config import PackConfig
+from pipelines.pack.fim import FillInTheMiddle
 from pipelines.pack.packing import cut
 
 PIECES = "document_id string, split string, domain string, offset int, length int, tokens binary"
@@ -25,31 +26,39 @@ _TYPES = [pa.string(), pa.string(), pa.string(), pa.int32(), pa.int32(), pa.bina
 Batches = Iterator[pa.RecordBatch]
 
 
-def pieces_of_documents(tokens: DataFrame, config: PackConfig, end: int) -> DataFrame:
+def pieces_of_documents(
+    tokens: DataFrame, config: PackConfig, end: int, fim: FillInTheMiddle | None = None
+) -> DataFrame:
     """Rows of gold.tokens -> their pieces, closed by the end token; documents without tokens have none.
 
     In the mode ``concat`` a document is one piece, as long as it is: it is cut where a sequence happens to end.
     """
     documents = tokens.where("token_count > 0").select(
-        "document_id", "split", F.col(config.domain).alias("domain"), "tokens"
+        "document_id", "split", F.col(config.domain).alias("domain"), "kind", "tokens"
     )
-    return documents.mapInArrow(_cutter(config, end), PIECES)
+    return documents.mapInArrow(_cutter(config, end, fim), PIECES)
 
 
-def _cutter(config: PackConfig, end: int) -> Callable[[Batches], Batches]:
+def _cutter(config: PackConfig, end: int, fim: FillInTheMiddle | None) -> Callable[[Batches], Batches]:
     def cut_batches(batches: Batches) -> Batches:
         for batch in batches:
-            yield cut_documents(batch, config, end)
+            yield cut_documents(batch, config, end, fim)
 
     return cut_batches
 
 
-def cut_documents(documents: pa.RecordBatch, config: PackConfig, end: int) -> pa.RecordBatch:
-    """The pieces of documents, given with document_id, split, domain and tokens."""
+def cut_documents(
+    documents: pa.RecordBatch, config: PackConfig, end: int, fim: FillInTheMiddle | None = None
+) -> pa.RecordBatch:
+    """The pieces of documents, given with document_id, split, domain, tokens and, for fim, kind."""
     rows: list[tuple[object, ...]] = []
     for i, stored in enumerate(documents["tokens"]):
-        document = np.append(np.frombuffer(stored.as_buffer(), "<u4"), np.uint32(end))
         known = [documents[name][i].as_py() for name in _NAMES[:3]]
+        document = np.frombuffer(stored.as_buffer(), "<u4")
+        # Whole, before it is cut, so that a tail is the same in every run; held-out text stays as it reads.
+        if fim and known[1] == "train" and fim.applies(known[0], documents["kind"][i].as_py()):
+            document = fim.rearrange(known[0], document)
+        document = np.append(document, np.uint32(end))
         if config.mode == "concat":
             rows.append((*known, 0, len(document), document.tobytes()))
             continue

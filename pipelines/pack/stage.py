@@ -18,6 +18,7 @@ from pipelines.changes import Since, changes, keys, within
 from pipelines.errors import LakeError
 from pipelines.lake import StageResult
 from pipelines.pack.config import PackConfig
+from pipelines.pack.fim import fill_in_the_middle
 from pipelines.pack.pieces import pieces_of_documents, tails_of_sequences
 from pipelines.pack.sequences import Edition
 from pipelines.tables import END_OF_TEXT, GOLD_SEQUENCES, GOLD_TOKENS, PAD
@@ -40,12 +41,15 @@ def run(
         raise LakeError(
             f"gold.tokens in {lake} holds nothing of tokenizer {tokenizer_id}: run tokenize with it first.", 2
         )
-    edition = _edition(lake, config, tokenizer_id)
+    tokenizer = Tokenizer.from_str(tokenizer_json(lake, tokenizer_id))
+    edition = _edition(tokenizer, config, tokenizer_id)
+    rate, spm_rate = config.fim_rate, config.fim_spm_rate
+    fim = fill_in_the_middle(tokenizer, rate=rate, spm_rate=spm_rate, seed=config.seed) if rate else None
     tables_of.ensure(spark, lake, GOLD_SEQUENCES)
     stored = tables_of.read(spark, lake, GOLD_SEQUENCES).where(edition.scope)
     canonical = repack or config.mode == "concat"
     changed = None if canonical else keys(changes(spark, lake, GOLD_TOKENS, since, version, "document_id"))
-    wanted = pieces_of_documents(within(tokens, changed), config, edition.end).persist()
+    wanted = pieces_of_documents(within(tokens, changed), config, edition.end, fim).persist()
     try:
         if canonical:
             loose, replaced = wanted.where("offset IS NULL" if config.mode == "best_fit" else "true"), None
@@ -70,9 +74,8 @@ def run(
     )
 
 
-def _edition(lake: str, config: PackConfig, tokenizer_id: str) -> Edition:
+def _edition(tokenizer: Tokenizer, config: PackConfig, tokenizer_id: str) -> Edition:
     """Raises LakeError (exit code 2) when the tokenizer lacks a control token."""
-    tokenizer = Tokenizer.from_str(tokenizer_json(lake, tokenizer_id))
     end, pad = tokenizer.token_to_id(END_OF_TEXT), tokenizer.token_to_id(PAD)
     if end is None or pad is None:
         raise LakeError(f"Tokenizer {tokenizer_id} lacks {END_OF_TEXT} or {PAD}: train one, or add them to it.", 2)
