@@ -1,19 +1,18 @@
-"""Bytes of a stream as lines, through gzip or not, in bounded memory; what came in whole is never lost.
+"""Bytes of a stream as lines, in bounded memory; what came in whole is never lost. Unpacking is in `packed.py`.
 
 A line longer than the limit is passed over to its end, its first 64 KiB kept. A stream that breaks off (a truncated or
-corrupt gzip, a read error) gives every whole line before the break and then one last line that carries the problem.
+corrupt gzip or zstd, a read error) gives every whole line before the break and then one last line that carries the
+problem.
 """
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
 RAW_BYTES = 64 * 1024
 CHUNK = 256 * 1024
-_GZIP = 31  # zlib's window bits for a gzip member of any window, its CRC checked
 
 
 class Broken(Exception):
@@ -45,47 +44,6 @@ def read_chunks(stream: BinaryIO) -> Iterator[bytes]:
         if not chunk:
             return
         yield chunk
-
-
-def gunzip(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """The content of one or more gzip members, at most 1 MiB a piece.
-
-    Every byte before the break is given. Raises Broken(truncated) where the stream ends inside a member,
-    Broken(corrupt_record) on bad data or a wrong checksum.
-    """
-    member = zlib.decompressobj(_GZIP)
-    for chunk in chunks:
-        rest = chunk
-        while rest:
-            if member.eof:
-                rest = rest.lstrip(b"\0")  # members may be padded with zeros (RFC 1952 readers allow it)
-                if not rest:
-                    break
-                member = zlib.decompressobj(_GZIP)
-            before = member.copy()
-            try:
-                out = member.decompress(rest, 4 * CHUNK)
-            except zlib.error as error:
-                yield _before_the_error(before, rest)
-                raise Broken("corrupt_record", f"gzip: {error}") from error
-            if out:
-                yield out
-            rest = member.unused_data if member.eof else member.unconsumed_tail
-    if not member.eof:
-        yield member.flush()
-    if not member.eof:
-        raise Broken("truncated", "gzip: the file ends before its end marker")
-
-
-def _before_the_error(member: zlib._Decompress, data: bytes) -> bytes:
-    """What decompresses before the byte that zlib rejects: one call drops all of its output on an error."""
-    out = bytearray()
-    for index in range(len(data)):
-        try:
-            out += member.decompress(data[index : index + 1])
-        except zlib.error:
-            break
-    return bytes(out)
 
 
 def split_lines(chunks: Iterator[bytes], max_bytes: int) -> Iterator[Line]:

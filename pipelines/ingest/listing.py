@@ -9,7 +9,8 @@ skipped.
 
 A listing has a fingerprint, by which a run finds that there is nothing to read: names, sizes and the times of the last
 change, as git's index takes a file for unchanged. The later of modification and status change counts, so that a
-file whose modification time was set back, as cp -p does, is noticed as well.
+file whose modification time was set back, as cp -p does, is noticed as well. A Hugging Face data set's is its revision,
+or that of its folder.
 """
 
 from __future__ import annotations
@@ -21,10 +22,14 @@ import stat
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from pipelines.errors import LakeError
 from pipelines.ingest.config import Format, IngestConfig, SourceConfig, format_of, glob_base, is_glob
 from pipelines.ingest.languages import extension
+
+if TYPE_CHECKING:
+    from pipelines.ingest.hugging_face import DataSet
 
 VERSION_CONTROL = frozenset({".git", ".hg", ".svn", ".bzr", ".jj", "_darcs", ".fslckout", "CVS"})
 # Compiled code, pictures, sound, film, fonts: never text, whatever the folder.
@@ -49,7 +54,7 @@ _TICK_NS = 2_000_000_000
 class Entry:
     """One thing to read. problem: why it cannot be (then it is a quarantined record and is not opened).
 
-    changed_ns: when it last changed, in nanoseconds since the epoch.
+    changed_ns: when it last changed, in nanoseconds since the epoch. split, part: of a data set.
     """
 
     source: int
@@ -59,22 +64,34 @@ class Entry:
     size: int
     problem: str | None = None
     changed_ns: int = 0
+    split: str = ""
+    part: int = 0
 
 
 @dataclass(slots=True)
 class Listing:
     """What a source holds, and what was passed over. folders: relative paths of those listed, `.` for the source's.
 
-    at_ns: when the listing began, in nanoseconds since the epoch.
+    at_ns: when the listing began, in nanoseconds since the epoch. data_set, version: of a data set, what was opened,
+    and its fingerprint.
     """
 
     entries: list[Entry] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)
     skipped: int = 0
     at_ns: int = field(default_factory=lambda: time.time_ns())
+    data_set: DataSet | None = None
+    version: int | None = None
+
+    @property
+    def revision(self) -> str:
+        """The hub's revision of a data set; empty for what has none."""
+        return self.data_set.revision if self.data_set else ""
 
     def fingerprint(self) -> int | None:
         """63 bits, equal while nothing changes; None where a file is so new that a later change may not show."""
+        if self.data_set is not None:
+            return self.version
         if any(entry.changed_ns > self.at_ns - _TICK_NS for entry in self.entries):
             return None
         digest = hashlib.sha256(repr((self.folders, self.skipped)).encode())
@@ -116,6 +133,8 @@ def list_source(index: int, source: SourceConfig, *, exclude: str | None = None)
     exclude: an absolute path that is no part of it (the lake, where it lies in the source).
     Raises LakeError (exit code 2) where the path is not there or cannot be listed.
     """
+    if source.format == "datasets":
+        return _list_data_set(index, source)
     listing = Listing()
     included = [glob_pattern(pattern).fullmatch for pattern in source.include]
     left_out = [glob_pattern(pattern).fullmatch for pattern in source.exclude]
@@ -155,6 +174,24 @@ def list_source(index: int, source: SourceConfig, *, exclude: str | None = None)
     return listing
 
 
+def _list_data_set(index: int, source: SourceConfig) -> Listing:
+    """A data set's parts. The library takes a second to import, which who has none need not wait for."""
+    from pipelines.ingest.hugging_face import PART_BYTES, open_data_set, version_of
+
+    files = Listing()
+    of_hub = not os.path.isdir(source.path)
+    if not of_hub:
+        _list_folder(files, index, source, source.path, lambda _: True, None, None)
+    data_set = open_data_set(source)
+    path = os.fsencode(f"hf://datasets/{source.path}" if of_hub else source.path)
+    entries = [
+        Entry(index, path, f"{split}/{part:05d}", "datasets", PART_BYTES, split=split, part=part)
+        for split, part in data_set.parts()
+    ]
+    version = version_of(source, data_set.revision) if of_hub else files.fingerprint()
+    return Listing(entries, ["."], data_set=data_set, version=version)
+
+
 def list_sources(config: IngestConfig, lake: str) -> dict[SourceConfig, Listing]:
     """List every source, resolved, in the order of the configuration; a lake that lies in one is no part of it."""
     exclude = None if "://" in lake else lake
@@ -164,9 +201,13 @@ def list_sources(config: IngestConfig, lake: str) -> dict[SourceConfig, Listing]
 def fingerprints(listings: Mapping[SourceConfig, Listing]) -> dict[str, int]:
     """How a run's record names what it read, as it names tables at versions: ``files:SOURCE`` at a fingerprint.
 
-    Empty where one of them has none: then the next run reads all.
+    What comes from the hub is named ``files:SOURCE@REVISION``: from its record a run can be made again. Empty where one
+    of them has none: then the next run reads all.
     """
-    found = {f"files:{source.name}": listing.fingerprint() for source, listing in listings.items()}
+    found = {
+        f"files:{source.name}{'@' * bool(listing.revision)}{listing.revision}": listing.fingerprint()
+        for source, listing in listings.items()
+    }
     known = {name: value for name, value in found.items() if value is not None}
     return known if len(known) == len(found) else {}
 

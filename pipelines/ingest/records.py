@@ -1,8 +1,9 @@
 """One record, JSON or Parquet, to a document or to the reason why it is none.
 
 The text is taken exactly as it is. A text or id that is absent or null is told apart from one of another type: the
-first is `missing_text` (an absent id is none), the second `wrong_type`. Other fields go to the metadata, strings as
-they are, everything else as JSON.
+first is `missing_text` (an absent id is none), the second `wrong_type`. A field is named by its key, or by the keys
+that lead to it with dots between (`meta.license`). Other fields go to the metadata, strings as they are, everything
+else as JSON.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pipelines.ingest.config import SourceConfig
 from pipelines.ingest.lines import RAW_BYTES
 
 _TEXT_FIELDS = ("text", "content")
+_ABSENT = object()
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,8 @@ class Rejected:
 class Outcome:
     """What one record came to. location: `path`, or `path:line`; source_id: the id field where there is one.
 
-    content is None exactly where `problem` is not.
+    content is None exactly where `problem` is not. media_type and crawled_us (since the epoch): where they are the
+    record's own, not the file's.
     """
 
     location: str
@@ -43,6 +46,8 @@ class Outcome:
     language: str | None = None
     metadata: dict[str, str] = field(default_factory=dict)
     problem: Rejected | None = None
+    media_type: str | None = None
+    crawled_us: int | None = None
 
     @staticmethod
     def rejected(location: str, problem: Rejected, source_id: str | None = None) -> Outcome:
@@ -101,12 +106,12 @@ def from_fields(
     limit: the most bytes that its fields may have in all; None where the record's own length was measured before.
     """
     text_field = fields.guess(record)
-    identifier: object = record.get(fields.id)
+    identifier = find(record, fields.id)
     if isinstance(identifier, int) and not isinstance(identifier, bool):
         identifier = str(identifier)
     elif isinstance(identifier, bytes):
         identifier = identifier.decode("utf-8", "backslashreplace")
-    if identifier is None:
+    if identifier is None or identifier is _ABSENT:
         identifier = ""
     elif not isinstance(identifier, str):
         words = f"{fields.id} is {_kind_of(identifier)}, not a string"
@@ -116,15 +121,15 @@ def from_fields(
     # Two records with the id "" are two records, not one and its duplicate.
     source_id = identifier or location
 
-    text = record.get(text_field)
+    text = find(record, text_field)
     if isinstance(text, bytes):
         try:
             text = text.decode("utf-8")
         except UnicodeDecodeError as error:
             words = f"{text_field}: {error.reason} at byte {error.start}"
             return Outcome.rejected(location, Rejected("invalid_utf8", words, raw), source_id)
-    if text is None:
-        words = f"{text_field} is {'null' if text_field in record else 'absent'}"
+    if text is None or text is _ABSENT:
+        words = f"{text_field} is {'absent' if text is _ABSENT else 'null'}"
         return Outcome.rejected(location, Rejected("missing_text", words, raw), source_id)
     if not isinstance(text, str):
         words = f"{text_field} is {_kind_of(text)}, not a string"
@@ -133,11 +138,15 @@ def from_fields(
     taken = {text_field, fields.id}
     declared: dict[str, str | None] = {"license": source.license, "language": source.language}
     for meaning, name in (("license", fields.license), ("language", fields.language)):
-        if isinstance(record.get(name), str) and name not in taken:
-            declared[meaning] = record[name]
+        value = find(record, name)
+        if isinstance(value, str) and name not in taken:
+            declared[meaning] = value
             taken.add(name)
+    rest = record
+    for name in taken:
+        rest = _without(rest, name)
     try:
-        metadata = {k: _as_string(v) for k, v in record.items() if k not in taken and v is not None}
+        metadata = {k: _as_string(v) for k, v in rest.items() if v is not None}
     except RecursionError:
         return Outcome.rejected(location, Rejected("corrupt_record", "JSON: nested too deep", raw), source_id)
 
@@ -159,6 +168,27 @@ def from_fields(
         language=declared["language"],
         metadata=metadata,
     )
+
+
+def find(record: Mapping[str, Any], name: str) -> Any:
+    """The field's value: under that very key, else along the keys that its dots part; _ABSENT where there is none."""
+    if name in record:
+        return record[name]
+    head, dot, rest = name.partition(".")
+    inner = record.get(head) if dot else None
+    return find(inner, rest) if isinstance(inner, Mapping) else _ABSENT
+
+
+def _without(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """The record without a field that `find` finds, and without the objects that held nothing else."""
+    if name in record:
+        return {k: v for k, v in record.items() if k != name}
+    head, dot, rest = name.partition(".")
+    inner = record.get(head) if dot else None
+    if not isinstance(inner, Mapping):
+        return record
+    left = _without(inner, rest)
+    return {k: left if k == head else v for k, v in record.items() if k != head or left}
 
 
 def raw_of(record: Mapping[str, Any]) -> bytes:

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import pytest
 
 from pipelines.errors import LakeError
 from pipelines.ingest.config import IngestConfig, SourceConfig
-from pipelines.ingest.lines import RAW_BYTES, Broken, gunzip, split_lines
+from pipelines.ingest.lines import RAW_BYTES, split_lines
 from pipelines.ingest.listing import glob_pattern, list_source
+from pipelines.ingest.packed import zstd
 from pipelines.ingest.read import Reading, read_entry
 from pipelines.ingest.records import Outcome
 
@@ -158,6 +160,103 @@ def test_field_map_given_and_guessed(tmp_path: Path) -> None:
     assert (second.kind, second.license) == ("code", "MIT")
 
 
+@pytest.mark.parametrize(
+    ("record", "settings", "wanted", "metadata"),
+    [
+        (
+            {"meta": {"license": "MIT", "lang": "en", "n": 1}, "doc": {"body": {"text": "a"}, "key": 7}},
+            {"text_field": "doc.body.text", "id_field": "doc.key", "license_field": "meta.license"},
+            ("7", "a", "MIT", None),
+            {"meta": '{"lang": "en", "n": 1}'},
+        ),
+        # A key with a dot is itself before it is a path.
+        (
+            {"doc.text": "flat", "doc": {"text": "deep"}, "language": "de"},
+            {"text_field": "doc.text"},
+            (None, "flat", None, "de"),
+            {"doc": '{"text": "deep"}'},
+        ),
+        # What a path leads past is no field, nor is one that is no string a licence.
+        (
+            {"text": "t", "meta": {"license": ["MIT"]}, "id": {"a": 1}},
+            {"id_field": "id.b.c", "license_field": "meta.license", "license": "CC0-1.0"},
+            (None, "t", "CC0-1.0", None),
+            {"meta": '{"license": ["MIT"]}', "id": '{"a": 1}'},
+        ),
+    ],
+)
+def test_nested_fields(
+    tmp_path: Path,
+    record: dict[str, Any],
+    settings: dict[str, str],
+    wanted: tuple[str | None, ...],
+    metadata: dict[str, str],
+) -> None:
+    path = write_jsonl(tmp_path / "r.jsonl", record)
+    pq.write_table(pa.Table.from_pylist([record]), tmp_path / "r.parquet")
+    for source in (path, tmp_path / "r.parquet"):
+        [outcome] = read_all(source, **settings)
+        found = (outcome.source_id, outcome.content, outcome.license, outcome.language)
+        assert found == (wanted[0] or f"{source.name}:1", *wanted[1:])
+        assert outcome.metadata == metadata
+
+
+def test_nested_text_that_is_none(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "r.jsonl", {"a": {"b": None}}, {"a": {}}, {"a": "b"}, {"a": {"b": 1}})
+    details = [(o.problem.reason, o.problem.detail) for o in read_all(path, text_field="a.b") if o.problem]
+    assert details == [
+        ("missing_text", "a.b is null"),
+        ("missing_text", "a.b is absent"),
+        ("missing_text", "a.b is absent"),
+        ("wrong_type", "a.b is a number, not a string"),
+    ]
+
+
+@pytest.mark.parametrize(("ending", "pack"), [("gz", gzip.compress), ("zst", zstd.compress)])
+def test_a_packed_file_is_its_text(tmp_path: Path, ending: str, pack: Callable[[bytes], bytes]) -> None:
+    noise = os.urandom(30_000).hex().encode()
+    files = {
+        "README.md": pack(b"# Title\r\n"),
+        "bomb.txt": pack(b"a" * (LIMIT + 1)),
+        "cut.txt": pack(noise)[:-1000],
+        "data.tar": pack(b"name" + b"\0" * 600),
+        "latin.txt": pack(b"\xe9t\xe9"),
+        "run": pack(b"#!/usr/bin/env python3\n"),
+        "wrong.txt": b"not packed",
+    }
+    for name, data in files.items():
+        (tmp_path / f"{name}.{ending}").write_bytes(data)
+    outcomes = read_all(tmp_path)
+    reasons = ("too_large", "truncated", "binary", "invalid_utf8")
+    readme, *bad, script, wrong = summary(outcomes)
+    assert readme == (f"README.md.{ending}", "# Title\r\n")
+    assert tuple(reason for _, reason in bad) == reasons
+    assert script == (f"run.{ending}", "#!/usr/bin/env python3\n")
+    assert wrong == (f"wrong.txt.{ending}", "corrupt_record")
+    assert [o.kind for o in (outcomes[0], outcomes[-2])] == ["text", "code"]
+    cut = outcomes[2].problem
+    assert cut is not None
+    assert noise.startswith(cut.raw)
+
+
+def test_zstd_truncated_anywhere_keeps_every_whole_record(tmp_path: Path) -> None:
+    texts = [os.urandom(200).hex() for _ in range(1000)]
+    body = "".join(json.dumps({"text": t}) + "\n" for t in texts).encode()
+    whole = zstd.compress(body[: len(body) // 2]) + zstd.compress(body[len(body) // 2 :])
+    path = tmp_path / "r.jsonl.zst"
+    path.write_bytes(whole)
+    assert [o.content for o in read_all(path)] == texts
+    (tmp_path / "r.jsonl").write_bytes(whole)  # known by its magic number
+    assert [o.content for o in read_all(tmp_path / "r.jsonl")] == texts
+    for cut in (0, 3, 5000, len(whole) // 2 + 100, len(whole) - 3):
+        path.write_bytes(whole[:cut])
+        *documents, tail = read_all(path)
+        assert [o.content for o in documents] == texts[: len(documents)]
+        assert tail.problem is not None
+        assert (tail.source_id, tail.problem.reason) == (f"r.jsonl.zst:{len(documents) + 1}", "truncated")
+    assert len(documents) > 600
+
+
 def test_gzip_truncated_anywhere_keeps_every_whole_record(tmp_path: Path) -> None:
     texts = [f"record {i} " + os.urandom(20).hex() for i in range(200)]
     body = "".join(json.dumps({"text": t}) + "\n" for t in texts).encode()
@@ -192,18 +291,6 @@ def test_gzip_is_known_by_its_content_and_may_be_padded(tmp_path: Path) -> None:
     assert summary(read_all(tmp_path / "r.jsonl")) == [("r.jsonl:1", "a")]
 
 
-def test_gunzip_gives_every_byte_before_the_break() -> None:
-    body = bytes(range(256)) * 5000
-    data = gzip.compress(body)
-    pieces: list[bytes] = []
-    with pytest.raises(Broken) as broken:
-        pieces.extend(gunzip(iter([data[i : i + 7] for i in range(0, len(data) - 8, 7)])))
-    got = b"".join(pieces)
-    assert broken.value.reason == "truncated"
-    assert got == body[: len(got)]
-    assert len(got) > len(body) - 1000
-
-
 @pytest.mark.parametrize("step", [1, 2, 3, 7, 100])
 def test_lines_are_the_same_however_the_bytes_arrive(step: int) -> None:
     data = b"one\n\ntwo two two two\r\nlong " + b"x" * 40 + b"\nlast"
@@ -216,7 +303,7 @@ def test_a_huge_line_does_not_fill_the_memory(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     with path.open("wb") as out:
         out.write(b'{"text": "before"}\n{"text": "')
-        for _ in range(100):
+        for _ in range(200):
             out.write(b"z" * (1 << 20))
         out.write(b'"}\n{"text": "after"}\n')
     tracemalloc.start()
