@@ -6,17 +6,25 @@ import gzip
 import hashlib
 import json
 import os
+import random
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
 from pipelines import lake as lakehouse
 from pipelines.errors import LakeError
 from pipelines.ingest import stage
 from pipelines.ingest.config import IngestConfig, SourceConfig
+from pipelines.ingest.packed import zstd
+from pipelines.ingest.tasks import reader, spread
 from pipelines.tables import BRONZE_DOCUMENTS, BRONZE_QUARANTINE
+from tests.pipelines.ingest import tree
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -39,6 +47,14 @@ def quarantine(spark: SparkSession, lake: str) -> list[tuple[str, str]]:
 
 def jsonl(*records: object) -> bytes:
     return "".join(json.dumps(record) + "\n" for record in records).encode()
+
+
+def warc(text: str, year: int) -> bytes:
+    """A WET record of one page."""
+    head = ("WARC/1.0", "WARC-Type: conversion", "WARC-Target-URI: https://example.org/", "Content-Type: text/plain")
+    return "\r\n".join(
+        [*head, f"WARC-Date: {year}-01-01T00:00:00Z", f"Content-Length: {len(text)}", "", f"{text}\r\n\r\n"]
+    ).encode()
 
 
 @pytest.fixture
@@ -93,19 +109,29 @@ def test_ingest_fills_both_tables_and_adds_nothing_again(spark: SparkSession, la
     assert again.counts["inserted"] == again.counts["updated"] == 0
 
 
-def test_ingest_updates_what_changed_and_keeps_what_is_gone(spark: SparkSession, lake: str, source: Path) -> None:
+def test_ingest_updates_what_changed_and_keeps_or_mirrors_what_is_gone(
+    spark: SparkSession, lake: str, source: Path
+) -> None:
     ingest(spark, lake, source)
     (source / "README.md").write_text("new")
     (source / "pkg" / "run").unlink()
+    (source / "pkg" / "__init__.py").write_bytes(b"\0")
     (source / "bin.dat").unlink()
     (source / "latin.txt").write_text("été")
     (source / "r.jsonl").write_bytes(jsonl({"id": "b", "text": "whole"}, {"id": "c"}))
     result = ingest(spark, lake, source)
-    assert (result.counts["inserted"], result.counts["updated"]) == (2, 1)
-    there = documents(spark, lake)
-    assert (there["README.md"], there["latin.txt"], there["b"], there["a"]) == ("new", "été", "whole", "one")
-    assert "pkg/run" in there
-    assert quarantine(spark, lake) == [("bin.dat", "binary"), ("c", "missing_text")]
+    assert [result.counts[name] for name in ("inserted", "updated", "deleted")] == [2, 1, 1]
+    # A record that is none now takes the place of the document that it was; what is gone says nothing.
+    kept = {"README.md": "new", "latin.txt": "été", "b": "whole"}
+    assert documents(spark, lake) == {**kept, "a": "one", "pkg/run": "#!/usr/bin/env python3\nprint(1)\n"}
+    bad = [("c", "missing_text"), ("pkg/__init__.py", "binary")]
+    assert quarantine(spark, lake) == [("bin.dat", "binary"), *bad]
+
+    mirrored = ingest(spark, lake, source, mirror=True)
+    assert (documents(spark, lake), quarantine(spark, lake)) == (kept, bad)
+    assert [mirrored.counts[name] for name in ("inserted", "updated", "deleted")] == [0, 0, 2]
+    assert mirrored.counts["records"] == mirrored.counts["table_documents"] + mirrored.counts["table_quarantine"] == 5
+    assert ingest(spark, lake, source, mirror=True).outputs == mirrored.outputs
 
 
 def test_ingest_duplicates_do_not_depend_on_partitions(spark: SparkSession, tmp_path: Path) -> None:
@@ -140,25 +166,26 @@ def test_ingest_duplicates_do_not_depend_on_partitions(spark: SparkSession, tmp_
         ],
     )
     rows = lakehouse.read(spark, lake, BRONZE_QUARANTINE).where("source_id = 'c.jsonl:2'").collect()
-    assert (rows[0].detail, bytes(rows[0].raw)) == ("the id y came first at a.jsonl:2", b"c2")
+    assert (rows[0].detail, bytes(rows[0].raw)) == ("the id y is that of a.jsonl:2", b"c2")
     assert rows[0].quarantine_id == hashlib.sha256(b"s\0c.jsonl:2\0duplicate_id").hexdigest()
     assert ingest(spark, lake, folder).outputs == result.outputs
 
 
-def test_ingest_truncated_gzip_heals_when_it_comes_whole(spark: SparkSession, lake: str, tmp_path: Path) -> None:
+def test_ingest_truncated_file_heals_and_is_not_mirrored(spark: SparkSession, lake: str, tmp_path: Path) -> None:
     whole = gzip.compress(jsonl(*({"id": f"i{n}", "text": os.urandom(30).hex()} for n in range(50))))
     path = tmp_path / "data.jsonl.gz"
-    path.write_bytes(whole[: len(whole) // 2])
-    cut = ingest(spark, lake, path)
-    assert 0 < cut.counts["documents"] < 50
-    assert quarantine(spark, lake) == [(f"data.jsonl.gz:{cut.counts['documents'] + 1}", "truncated")]
     path.write_bytes(whole[:-4])  # only the checksum is missing: no record 51 will ever take the row's place
     ingest(spark, lake, path)
     assert quarantine(spark, lake) == [("data.jsonl.gz:51", "truncated")]
+    path.write_bytes(whole[: len(whole) // 2])
+    cut = ingest(spark, lake, path, mirror=True)
+    assert 0 < cut.counts["documents"] < 50
+    assert quarantine(spark, lake) == [(f"data.jsonl.gz:{cut.counts['documents'] + 1}", "truncated")]
+    # What may be behind the break is not known to be gone.
+    assert cut.counts["table_documents"] == 50
     path.write_bytes(whole)
     assert ingest(spark, lake, path).counts["documents"] == 50
     assert quarantine(spark, lake) == []
-    assert len(documents(spark, lake)) == 50
 
 
 def test_ingest_several_sources_leave_each_other_alone(spark: SparkSession, lake: str, tmp_path: Path) -> None:
@@ -176,7 +203,7 @@ def test_ingest_several_sources_leave_each_other_alone(spark: SparkSession, lake
     assert [(row.license_declared, row.kind) for row in rows] == [("MIT", "code")]
 
 
-def test_ingest_unreadable_folder_heals(
+def test_ingest_unreadable_folder_heals_and_is_not_mirrored(
     spark: SparkSession, lake: str, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scandir = os.scandir
@@ -186,26 +213,94 @@ def test_ingest_unreadable_folder_heals(
             raise PermissionError(13, "Permission denied")
         return scandir(path)
 
+    first = ingest(spark, lake, source)
     with monkeypatch.context() as patched:
         patched.setattr(os, "scandir", refuse)
-        ingest(spark, lake, source)
+        shut = ingest(spark, lake, source, mirror=True)
     assert ("pkg", "unreadable") in quarantine(spark, lake)
+    assert (shut.counts["table_documents"], shut.inputs) == (first.counts["table_documents"], {})
     ingest(spark, lake, source)
     assert ("pkg", "unreadable") not in quarantine(spark, lake)
 
 
-def test_ingest_file_that_vanishes_is_quarantined(
+def test_ingest_file_that_vanishes_or_comes_while_it_runs(
     spark: SparkSession, lake: str, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spread = stage._spread
-
-    def late(spark: SparkSession, entries: Any) -> Any:
+    def meanwhile(spark: SparkSession, entries: Any) -> Any:
         (source / "README.md").unlink()
+        (source / "late.txt").write_text("late")
+        with (source / "r.jsonl").open("ab") as grown:
+            grown.write(b'{"id": "grown", "text": "more"}\n')
         return spread(spark, entries)
 
-    monkeypatch.setattr(stage, "_spread", late)
-    ingest(spark, lake, source)
+    readme = (source / "README.md").read_text()
+    with monkeypatch.context() as patched:
+        patched.setattr(stage, "spread", meanwhile)
+        first = ingest(spark, lake, source)
     assert ("README.md", "unreadable") in quarantine(spark, lake)
+    assert "late.txt" not in documents(spark, lake)
+    assert documents(spark, lake)["grown"] == "more"
+    assert first.inputs == {}  # so the next run is not spared
+
+    (source / "README.md").write_text(readme)
+    second = ingest(spark, lake, source)
+    assert second.counts["table_documents"] == first.counts["table_documents"] + 2
+    assert "README.md" not in dict(quarantine(spark, lake))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stage, "spread", meanwhile)
+        third = ingest(spark, lake, source)
+    # Nothing was read that speaks against the document that is there.
+    assert third.counts["quarantined.unreadable"] == 1
+    assert documents(spark, lake)["README.md"] == readme
+    assert "README.md" not in dict(quarantine(spark, lake))
+
+
+def test_ingest_every_format_and_the_newest_of_a_page(spark: SparkSession, lake: str, tmp_path: Path) -> None:
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    (folder / "README.md.gz").write_bytes(gzip.compress(b"# Packed"))
+    (folder / "r.jsonl.zst").write_bytes(zstd.compress(jsonl({"id": "z", "text": "zstd"}, {"id": "y"})))
+    pq.write_table(pa.table({"body": [{"text": "row"}], "text": ["not it"]}), folder / "p.parquet")
+    (folder / "2023.warc.gz").write_bytes(gzip.compress(warc("old", 2023)) + gzip.compress(warc("new", 2024)))
+    datasets.Dataset.from_dict({"text": ["first", "second"]}).save_to_disk(str(tmp_path / "saved"))
+    settings = ("text_field", "id_field"), ("body.text", "id")
+    sources = (
+        SourceConfig(path=str(folder), exclude=("*.parquet",)),
+        SourceConfig(path=str(folder / "p.parquet"), **dict(zip(*settings, strict=True))),  # type: ignore[arg-type]
+        SourceConfig(path=str(tmp_path / "saved")),
+    )
+    first = ingest(spark, lake, *sources)
+    wanted = {
+        "README.md.gz": "# Packed",
+        "z": "zstd",
+        "https://example.org/": "new",
+        "p.parquet:1": "row",
+        "train/00000:1": "first",
+        "train/00000:2": "second",
+    }
+    assert documents(spark, lake) == wanted
+    assert quarantine(spark, lake) == [("2023.warc.gz:1", "duplicate_id"), ("y", "missing_text")]
+    assert (first.counts["passed_over"], first.counts["records"]) == (0, 8)
+    rows = {row.source_id: row for row in lakehouse.read(spark, lake, BRONZE_DOCUMENTS).collect()}
+    assert rows["README.md.gz"].media_type == "text/markdown"
+    assert rows["p.parquet:1"].metadata == {"text": "not it"}
+    assert rows["https://example.org/"].source_modified_at.year == 2024
+
+    (folder / "2025.wet.zst").write_bytes(zstd.compress(warc("newest", 2025)))
+    again = ingest(spark, lake, sources[0])
+    assert (again.counts["inserted"], again.counts["updated"]) == (0, 1)
+    assert documents(spark, lake) == {**wanted, "https://example.org/": "newest"}
+
+
+def test_ingest_counts_add_up_over_a_history_of_mixed_trees(spark: SparkSession, lake: str, tmp_path: Path) -> None:
+    """Mirrored, documents + quarantined rows on the tables = records, whatever came, changed and went."""
+    folder = tmp_path / "tree"
+    for seed in range(3):
+        records = tree.grow(folder, random.Random(seed))
+        counts = ingest(spark, lake, folder, mirror=True, max_bytes=tree.LIMIT).counts
+        assert counts["documents"] + counts["quarantined"] == counts["records"] == records
+        assert (counts["table_documents"], counts["table_quarantine"]) == (counts["documents"], counts["quarantined"])
 
 
 def test_ingest_leaves_the_lake_out_of_its_source(spark: SparkSession, source: Path) -> None:
@@ -217,31 +312,21 @@ def test_ingest_leaves_the_lake_out_of_its_source(spark: SparkSession, source: P
 def test_ingest_fails_where_counts_do_not_add_up(
     spark: SparkSession, lake: str, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = stage._rows
+    def losing(*settings: Any) -> Any:
+        whole = reader(*settings)
 
-    def losing(*args: Any) -> Any:
-        return (row for row in rows(*args) if row[2] != "README.md")
+        # Sent to the executors as it is: their Python imports the module anew.
+        def read(batches: Any) -> Any:
+            for batch in whole(batches):
+                lost = pc.fill_null(pc.equal(batch["source_id"], "README.md"), False)
+                yield batch.filter(pc.invert(lost))
 
-    # The executors' Python imports the module anew: what is lost must be lost in what is sent to them.
-    monkeypatch.setattr(stage, "_reader", lambda sources, limit: _losing_reader(sources, limit))
+        return read
+
+    monkeypatch.setattr(stage, "reader", losing)
     with pytest.raises(LakeError, match="lost count"):
         ingest(spark, lake, source)
-    assert losing is not None
     assert documents(spark, lake) == {}
-
-
-def _losing_reader(sources: Any, limit: int) -> Any:
-    whole = stage.__dict__["_batched"]
-    rows = stage.__dict__["_rows"]
-    schema, entry = stage._PATHS, stage.Entry
-
-    def read(batches: Any) -> Any:
-        for batch in batches:
-            for values in batch.select(schema.names).to_pylist():
-                found = rows(sources, entry(**values), limit)
-                yield from whole(row for row in found if row[2] != "README.md")
-
-    return read
 
 
 def test_ingest_without_input(spark: SparkSession, lake: str, tmp_path: Path) -> None:
