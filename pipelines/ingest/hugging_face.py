@@ -63,7 +63,7 @@ def open_data_set(source: SourceConfig) -> DataSet:
     """Open a source whose path is resolved, of the split that it names, or of all.
 
     Raises LakeError, exit code 2, where there is no such data set, configuration, split or revision; 75 where the hub
-    cannot be reached and its cache does not have it.
+    cannot be reached and its cache does not have it, or where reading fails.
     """
     with _library() as library:
         try:
@@ -85,7 +85,11 @@ def open_data_set(source: SourceConfig) -> DataSet:
                 "check its name (OWNER/NAME on the hub), its revision and your access to it.",
                 2,
             ) from error
-        except (ValueError, OSError, library.exceptions.DatasetsError) as error:
+        except OSError as error:
+            raise LakeError(
+                f"The data set {source.path} cannot be read now ({first_line(error)}): run again later.", 75
+            ) from error
+        except (ValueError, library.exceptions.DatasetsError) as error:
             raise LakeError(
                 f"The data set {source.path} cannot be opened ({first_line(error)}): check its path and config.", 2
             ) from error
