@@ -55,7 +55,8 @@ def run(
 ) -> lakehouse.StageResult:
     """Ingest every source of `config`.
 
-    listed: what `list_sources` found, where the caller has looked already.
+    since: given to every stage; what ingest reads is no table, so it looks at all of it. listed: what `list_sources`
+    found, where the caller has looked already.
     Returns counts: records = documents + quarantined (also by reason, `quarantined.REASON`), files, skipped (files
     that are compiled or media by their name), passed_over (an archive's records that are no pages), inserted, updated,
     deleted and what the tables now hold (`table_...`).
