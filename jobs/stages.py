@@ -19,9 +19,9 @@ from pipelines.decontaminate.config import DecontaminateConfig
 from pipelines.decontaminate.sets import read_sets, sets_input
 from pipelines.dedup.config import DedupConfig
 from pipelines.ingest.config import IngestConfig
-from pipelines.ingest.listing import fingerprints, list_sources
+from pipelines.ingest.listing import ingest_input, list_sources
 from pipelines.pack.config import PackConfig
-from pipelines.tables import TABLES
+from pipelines.tables import OPS_ERASURES, TABLES
 from pipelines.tokenize.config import TokenizeConfig, TrainTokenizerConfig
 
 if TYPE_CHECKING:
@@ -55,12 +55,14 @@ def run_stage(job: str, lake: str, config: BaseModel) -> dict[str, int]:
 
     Returns its counts.
     """
-    last = runs.last_state(lake, job, config.model_dump(mode="json"), _read_beside_tables(lake, config))
+    beside, options = _read_beside_tables(lake, config)
+    last = runs.last_state(lake, job, config.model_dump(mode="json"), beside)
     if last and runs.is_current(lake, last):
         counts = dict(last["counts"])
         console.done(job, "unchanged", counts)
         return counts
-    return record_stage(job, lake, config, since={v["table"]: v["version"] for v in last["inputs"]} if last else None)
+    since = {v["table"]: v["version"] for v in last["inputs"]} if last else None
+    return record_stage(job, lake, config, since=since, **options)
 
 
 def record_stage(
@@ -88,17 +90,18 @@ def record_stage(
     return run.counts
 
 
-def _read_beside_tables(lake: str, config: BaseModel) -> dict[str, int]:
-    """What a run by these settings would read that is no table, as StageResult.inputs names it."""
+def _read_beside_tables(lake: str, config: BaseModel) -> tuple[dict[str, int], dict[str, Any]]:
+    """What a run by these settings would read that is no table, as StageResult.inputs names it; what it may reuse."""
     if isinstance(config, IngestConfig):
-        return fingerprints(list_sources(config, lake))
+        listed = list_sources(config, lake)
+        return ingest_input(listed, runs.table_version(lake, OPS_ERASURES.name)), {"listed": listed}
     if isinstance(config, DecontaminateConfig):
-        return sets_input(read_sets(config))
+        return sets_input(read_sets(config)), {}
     if isinstance(config, TokenizeConfig | PackConfig):
         from pipelines.tokenize.train import chosen_tokenizer, tokenizer_input
 
-        return tokenizer_input(chosen_tokenizer(lake, config.tokenizer))
-    return {}
+        return tokenizer_input(chosen_tokenizer(lake, config.tokenizer)), {}
+    return {}, {}
 
 
 def where(lake: str, job: str) -> None:

@@ -78,7 +78,7 @@ def selected(spark: SparkSession, lake: str, config: EraseConfig) -> DataFrame:
         try:
             found = bronze.where(config.where).select("document_id")
         except (AnalysisException, ParseException) as error:
-            words = str(error).splitlines()[0]
+            words = next(line for line in str(error).splitlines() if line.strip())
             raise LakeError(f"--where {config.where!r} is no condition on bronze.documents: {words}", 2) from error
     if found.isEmpty() and read(spark, lake, OPS_ERASURES).where("completed_at IS NULL").isEmpty():
         raise LakeError(f"Nothing in {lake} matches: no document was erased; check the name or the condition.", 2)

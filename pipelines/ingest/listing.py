@@ -198,8 +198,9 @@ def list_sources(config: IngestConfig, lake: str) -> dict[SourceConfig, Listing]
     return {s: list_source(i, s, exclude=exclude) for i, s in enumerate(config.resolved_sources())}
 
 
-def fingerprints(listings: Mapping[SourceConfig, Listing]) -> dict[str, int]:
-    """How a run's record names what it read, as it names tables at versions: ``files:SOURCE`` at a fingerprint.
+def ingest_input(listings: Mapping[SourceConfig, Listing], erasures: int | None) -> dict[str, int]:
+    """How a run's record names what it read, as it names tables at versions: ``files:SOURCE`` at a fingerprint, and
+    ``erasures``, which documents were to stay out, at the version of ops.erasures (None where it is absent).
 
     What comes from the hub is named ``files:SOURCE@REVISION``: from its record a run can be made again. Empty where one
     of them has none: then the next run reads all.
@@ -209,7 +210,7 @@ def fingerprints(listings: Mapping[SourceConfig, Listing]) -> dict[str, int]:
         for source, listing in listings.items()
     }
     known = {name: value for name, value in found.items() if value is not None}
-    return known if len(known) == len(found) else {}
+    return {**known, "erasures": -1 if erasures is None else erasures} if len(known) == len(found) else {}
 
 
 def _list_folder(

@@ -6,6 +6,7 @@ On the tables documents + quarantined rows = records, so a record is in one of t
 - A record that came in whole loses its quarantine row.
 - A record that could not be read (`unreadable`) says nothing against the document that is there: it stays, and its
   failure is in the run's counts only.
+- A record that ops.erasures has is neither: it was asked to be erased, and stays out.
 - What is gone from the source is kept, or with `mirror` deleted; but not where it may be in what could not be read: a
   folder that cannot be listed, a file that breaks off.
 """
@@ -21,6 +22,9 @@ from pipelines.errors import LakeError
 from pipelines.ingest.lines import RAW_BYTES
 from pipelines.ingest.tasks import RECORDS
 from pipelines.tables import BRONZE_DOCUMENTS, BRONZE_QUARANTINE
+
+# The reason of a record that is left out because its document was erased; no reason of the quarantine.
+ERASED = "erased"
 
 
 def settle(records: DataFrame) -> DataFrame:
@@ -66,6 +70,13 @@ def _id(*parts: Column) -> Column:
     return F.sha2(F.concat(*joined[1:]), 256)
 
 
+def without_erased(settled: DataFrame, erased: DataFrame) -> DataFrame:
+    """The records, those of the erased ids marked by the reason ERASED. erased: document_id."""
+    marked = F.broadcast(erased.select("document_id").distinct().withColumn("erased", F.lit(True)))
+    reason = F.when(F.col("erased"), F.lit(ERASED)).otherwise(F.col("reason"))
+    return settled.join(marked, "document_id", "left").withColumn("reason", reason).drop("erased")
+
+
 def check_settled(settled: DataFrame, met: int) -> dict[str, int]:
     """The counts by what the records came to. Raises LakeError where they do not make up the records met."""
     by_reason: dict[str, int] = {}
@@ -76,17 +87,18 @@ def check_settled(settled: DataFrame, met: int) -> dict[str, int]:
     for reason, number, ids in islice(grouped.toLocalIterator(), 100):
         by_reason[reason] = int(number)
         distinct += int(ids)
-    documents = by_reason.pop("", 0)
+    documents, erased = by_reason.pop("", 0), by_reason.pop(ERASED, 0)
     quarantined = sum(by_reason.values())
-    if documents + quarantined != met or distinct != met:
+    if documents + quarantined + erased != met or distinct != met:
         raise LakeError(
-            f"Ingest's counts do not add up: {documents} documents and {quarantined} quarantined records, "
-            f"{distinct} of them with an id of their own, of {met} records; nothing was written."
+            f"Ingest's counts do not add up: {documents} documents, {quarantined} quarantined records and {erased} "
+            f"erased ones, {distinct} of them with an id of their own, of {met} records; nothing was written."
         )
     return {
         "records": met,
         "documents": documents,
         "quarantined": quarantined,
+        "erased": erased,
         **{f"quarantined.{reason}": by_reason[reason] for reason in sorted(by_reason)},
     }
 
@@ -104,7 +116,11 @@ def quarantine_of(settled: DataFrame, run_id: str) -> DataFrame:
         "run_id": F.lit(run_id),
         "at": F.current_timestamp(),
     }
-    return settled.where("reason IS NOT NULL").withColumns(columns).select(*BRONZE_QUARANTINE.schema.names)
+    return (
+        settled.where(f"reason IS NOT NULL AND reason <> '{ERASED}'")
+        .withColumns(columns)
+        .select(*BRONZE_QUARANTINE.schema.names)
+    )
 
 
 def carry_times(documents: DataFrame, stored: DataFrame) -> DataFrame:
@@ -127,7 +143,7 @@ def carry_times(documents: DataFrame, stored: DataFrame) -> DataFrame:
 
 
 def replaced(settled: DataFrame, stored: DataFrame) -> DataFrame:
-    """Ids of stored documents whose records were read and are none now."""
+    """Ids of stored documents whose records were read and are no documents now."""
     refused = settled.where("reason IS NOT NULL AND reason != 'unreadable'")
     return refused.select("document_id").join(stored, "document_id", "left_semi")
 

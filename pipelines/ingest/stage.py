@@ -25,7 +25,7 @@ from pipelines import lake as lakehouse
 from pipelines.changes import Since, keys
 from pipelines.errors import LakeError
 from pipelines.ingest.config import IngestConfig, SourceConfig
-from pipelines.ingest.listing import Listing, fingerprints, list_sources
+from pipelines.ingest.listing import Listing, ingest_input, list_sources
 from pipelines.ingest.settle import (
     carry_times,
     check_settled,
@@ -35,11 +35,12 @@ from pipelines.ingest.settle import (
     quarantine_of,
     replaced,
     settle,
+    without_erased,
     without_unread,
 )
 from pipelines.ingest.tasks import RECORDS, reader, spread
 from pipelines.sql import literals
-from pipelines.tables import BRONZE_DOCUMENTS, BRONZE_QUARANTINE
+from pipelines.tables import BRONZE_DOCUMENTS, BRONZE_QUARANTINE, OPS_ERASURES
 
 Listed = Mapping[SourceConfig, Listing]
 
@@ -57,9 +58,9 @@ def run(
 
     since: given to every stage; what ingest reads is no table, so it looks at all of it. listed: what `list_sources`
     found, where the caller has looked already.
-    Returns counts: records = documents + quarantined (also by reason, `quarantined.REASON`), files, skipped (files
-    that are compiled or media by their name), passed_over (an archive's records that are no pages), inserted, updated,
-    deleted and what the tables now hold (`table_...`).
+    Returns counts: records = documents + quarantined (also by reason, `quarantined.REASON`) + erased, files, skipped
+    (files that are compiled or media by their name), passed_over (an archive's records that are no pages), inserted,
+    updated, deleted and what the tables now hold (`table_...`).
     Raises LakeError, exit code 2, for no input or a path that is not there; 1 where the counts do not add up.
     """
     listed = listed or list_sources(config, lake)
@@ -70,6 +71,7 @@ def run(
         raise LakeError(f"There is no file to ingest in {where}: name a folder, a file or a glob that has some.", 2)
     for table in (BRONZE_DOCUMENTS, BRONZE_QUARANTINE):
         lakehouse.ensure(spark, lake, table)
+    erasures = lakehouse.version(spark, lake, OPS_ERASURES)
 
     read = reader(sources, tuple(listing.data_set for listing in listings), config.max_bytes)
     records = spread(spark, entries).mapInArrow(read, lakehouse.spark_schema(RECORDS)).persist(StorageLevel.DISK_ONLY)
@@ -79,6 +81,8 @@ def run(
         counts = {"files": len(entries), "skipped": sum(listing.skipped for listing in listings)}
         counts |= _check_read(records, len(entries))
         settled = settle(records.where("met IS NULL"))
+        if erasures is not None:
+            settled = without_erased(settled, lakehouse.read(spark, lake, OPS_ERASURES, erasures))
         counts |= check_settled(settled, counts["records"])
         stored = lakehouse.read(spark, lake, BRONZE_DOCUMENTS).where(F.col("source").isin(names))
         quarantine = without_unread(quarantine_of(settled, run_id), stored)
@@ -106,7 +110,7 @@ def run(
     return lakehouse.StageResult(
         counts=counts,
         # What could not be read is tried again by the next run, though no name, size or time changes.
-        inputs={} if "quarantined.unreadable" in counts else fingerprints(listed),
+        inputs={} if "quarantined.unreadable" in counts else ingest_input(listed, erasures),
         outputs={BRONZE_DOCUMENTS.name: added.version, BRONZE_QUARANTINE.name: held.version},
     )
 

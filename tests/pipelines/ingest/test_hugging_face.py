@@ -17,7 +17,7 @@ import pytest
 from pipelines.errors import LakeError
 from pipelines.ingest import hugging_face
 from pipelines.ingest.config import IngestConfig, SourceConfig
-from pipelines.ingest.listing import fingerprints, list_source, list_sources
+from pipelines.ingest.listing import ingest_input, list_source, list_sources
 from pipelines.ingest.read import Reading, read_entry
 
 LIMIT = 1 << 20
@@ -94,22 +94,22 @@ def test_a_name_of_the_hub_from_the_cache(folder: Path, cache: Path) -> None:
     found = read_all("hf://datasets/someone/corpus", split="train", id_field="key")
     assert found == [(f"k{n}", f"text {n}") for n in range(6)]
     config = IngestConfig(sources=(SourceConfig(path="someone/corpus", format="datasets"),))
-    [(name, version)] = fingerprints(list_sources(config, "")).items()
+    [(name, version), _] = ingest_input(list_sources(config, ""), None).items()
     assert name == f"files:corpus@{revision}"
     split = IngestConfig(sources=(SourceConfig(path="someone/corpus", format="datasets", split="train"),))
-    assert fingerprints(list_sources(split, "")) not in ({}, {name: version})
+    assert ingest_input(list_sources(split, ""), None) not in ({}, {name: version, "erasures": -1})
 
 
 def test_a_folder_is_known_by_its_files(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = time.time_ns
     config = IngestConfig(sources=(SourceConfig(path=str(folder), format="datasets"),))
-    assert fingerprints(list_sources(config, "")) == {}  # just written
+    assert ingest_input(list_sources(config, ""), None) == {}  # just written
     monkeypatch.setattr(time, "time_ns", lambda: now() + 3600 * 10**9)
-    first = fingerprints(list_sources(config, ""))
-    assert list(first) == ["files:corpus"]
-    assert fingerprints(list_sources(config, "")) == first
+    first = ingest_input(list_sources(config, ""), None)
+    assert list(first) == ["files:corpus", "erasures"]
+    assert ingest_input(list_sources(config, ""), None) == first
     (folder / "data" / "train-1.jsonl").write_text('{"text": "new"}\n')
-    assert fingerprints(list_sources(config, "")) != first
+    assert ingest_input(list_sources(config, ""), None) != first
 
 
 def test_what_is_added_after_the_listing_is_not_read(folder: Path, cache: Path) -> None:

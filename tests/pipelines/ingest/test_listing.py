@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from pipelines.ingest.config import IngestConfig, SourceConfig
-from pipelines.ingest.listing import fingerprints, list_sources
+from pipelines.ingest.listing import ingest_input, list_sources
 
 
 def version(folder: Path, lake: str = "") -> int | None:
     config = IngestConfig(sources=(SourceConfig(path=str(folder)),))
-    return fingerprints(list_sources(config, lake)).get(f"files:{folder.name}")
+    return ingest_input(list_sources(config, lake), None).get(f"files:{folder.name}")
 
 
 @pytest.fixture
@@ -78,4 +78,4 @@ def test_one_source_without_a_fingerprint_leaves_none(folder: Path, tmp_path: Pa
     later = time.time_ns()
     os.utime(new / "a.txt", ns=(later, later))
     config = IngestConfig(sources=tuple(SourceConfig(path=str(path)) for path in (folder, new)))
-    assert fingerprints(list_sources(config, "")) == {}
+    assert ingest_input(list_sources(config, ""), None) == {}
