@@ -61,7 +61,7 @@ def holders(lake: str, marker: str) -> set[str]:
         if file.suffix == ".parquet" and file.is_file():
             text = repr(pq.ParquetFile(file).read().to_pydict())
         elif file.suffix in (".json", ".crc") and "_delta_log" in file.parts:
-            text = file.read_text()
+            text = file.read_bytes().decode(errors="replace")
         else:
             continue
         if marker in text:
