@@ -173,6 +173,11 @@ SIGNALS = pa.struct(
             "curly_bracket",
             "javascript_lines",
             "policy_lines",
+            "bad_words",
+            "line_punct_ratio",
+            "short_line_ratio",
+            "char_dup_ratio",
+            "list_ratio",
             "max_line_length",
             "mean_line_length",
             "alphanumeric_frac",
@@ -181,6 +186,12 @@ SIGNALS = pa.struct(
             "vendored",
             "data_like",
             "minified",
+            "lines",
+            "encoded_frac",
+            "encoded_run",
+            "xml_declared",
+            "visible_characters",
+            "visible_frac",
         )
     ]
 )

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.batches import slices
-from pipelines.clean import c4, code, gopher
+from pipelines.clean import c4, code, fineweb, gopher
 from pipelines.clean.config import CleanConfig
 from pipelines.clean.language import language
 from pipelines.clean.licenses import license_class, of_license_text, spdx_tag
@@ -33,7 +33,12 @@ LICENSE_OUTPUT = pa.schema([(name, pa.string()) for name in ("source", "director
 def text_signals(texts: list[str]) -> dict[str, Floats]:
     """The signals of D prose texts by name, each [D]; NaN where not measured."""
     words = index_words(texts)
-    return {**gopher.quality(texts, words), **gopher.repetition(texts, words), **c4.signals(texts)}
+    return {
+        **gopher.quality(texts, words),
+        **gopher.repetition(texts, words),
+        **c4.signals(texts),
+        **fineweb.signals(texts, words),
+    }
 
 
 def clean_rows(rows: dict[str, list[Any]], config: CleanConfig) -> dict[str, Any]:
@@ -58,6 +63,7 @@ def clean_rows(rows: dict[str, list[Any]], config: CleanConfig) -> dict[str, Any
                 signals[signal][i] = value
         else:
             out["language"][i], out["language_score"][i] = language(text)
+            signals["bad_words"][i] = c4.bad_words(text, out["language"][i], config.bad_words)
         found = spdx_tag(text) or rows["license_nearest"][i] or rows["license_declared"][i]
         out["license"][i] = found
         out["license_class"][i] = license_class(found, config.license_classes)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from pipelines.tables import LICENSE_CLASSES, SIGNALS
 
 DEFAULTS = Path(__file__).resolve().parents[2] / "conf" / "clean.yaml"
-RedactionType = Literal["email", "ip"]
+RedactionType = Literal["email", "ip", "phone", "card", "iban", "secret"]
 
 
 @functools.cache
@@ -69,7 +69,11 @@ class CleanConfig(BaseModel):
         default_factory=lambda: {k: tuple(v) for k, v in _defaults()["admitted_licenses"].items()},
         description="licence classes admitted, by kind",
     )
-    redact: tuple[RedactionType, ...] = Field(("email", "ip"), description="what is redacted")
+    bad_words: dict[str, tuple[str, ...]] = Field(
+        default_factory=lambda: {k: tuple(v) for k, v in _defaults()["bad_words"].items()},
+        description="words that c4.bad_words looks for, in lower case, by ISO 639-1 language",
+    )
+    redact: tuple[RedactionType, ...] = Field(get_args(RedactionType), description="what is redacted")
 
     @model_validator(mode="after")
     def _known(self) -> CleanConfig:

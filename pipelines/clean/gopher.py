@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pipelines.clean.ngrams import duplicated_characters, repeated_ngrams, top_characters
-from pipelines.clean.words import Floats, WordBatch, has_letter, is_symbol
+from pipelines.clean.words import Floats, WordBatch, has_letter, is_symbol, ratio
 
 STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
 TOP_N = (2, 3, 4)
@@ -23,11 +23,6 @@ _PARAGRAPH_END = re.compile(r"\n{2,}")
 _LINE_END = re.compile(r"\n+")
 _BULLETS = ("•", "-")
 _ELLIPSES = ("...", "…")
-
-
-def _ratio(part: Floats, whole: Floats) -> Floats:
-    """part / whole; NaN, not measured, where there is no whole."""
-    return np.divide(part, whole, out=np.full(len(part), np.nan), where=whole > 0)
 
 
 def quality(texts: Sequence[str], words: WordBatch) -> dict[str, Floats]:
@@ -45,16 +40,14 @@ def quality(texts: Sequence[str], words: WordBatch) -> dict[str, Floats]:
 
     return {
         "words": plain_count,
-        "mean_word_length": _ratio(words.sums(plain * words.lengths).astype(np.float64), plain_count),
-        "hash_ratio": _ratio(per_text([t.count("#") for t in texts]), count),
-        "ellipsis_ratio": _ratio(per_text([t.count("...") + t.count("…") for t in texts]), count),
-        "bullet_lines": _ratio(
-            per_text([sum(x.lstrip().startswith(_BULLETS) for x in ls) for ls in lines]), line_count
-        ),
-        "ellipsis_lines": _ratio(
+        "mean_word_length": ratio(words.sums(plain * words.lengths).astype(np.float64), plain_count),
+        "hash_ratio": ratio(per_text([t.count("#") for t in texts]), count),
+        "ellipsis_ratio": ratio(per_text([t.count("...") + t.count("…") for t in texts]), count),
+        "bullet_lines": ratio(per_text([sum(x.lstrip().startswith(_BULLETS) for x in ls) for ls in lines]), line_count),
+        "ellipsis_lines": ratio(
             per_text([sum(x.rstrip().endswith(_ELLIPSES) for x in ls) for ls in lines]), line_count
         ),
-        "alpha_words": _ratio(words.sums(letters).astype(np.float64), count),
+        "alpha_words": ratio(words.sums(letters).astype(np.float64), count),
         "stop_words": _distinct_stop_words(words),
     }
 

@@ -1,19 +1,31 @@
-"""Redaction of e-mail addresses and public IP addresses by typed placeholders.
+"""Redaction of personal data and secrets by typed placeholders.
 
-The placeholders, ``<EMAIL>`` and ``<IP>``, hold no quote, backslash or line end, so they are valid in a string literal
-of every common language. Addresses that are private, reserved, of multicast or for documentation stay (RFC 6890, as
-``ipaddress`` has it); example domains count as e-mail. In code a match must not look like an expression: an attribute
-after a matrix product (``a@b.mean()``) and a slice (``x[2000::3]``) stay.
-Not here: phone numbers, cards, IBAN and secrets.
+E-mail addresses and public IP addresses are found here, what is made of digits in ``numbers``, secrets in
+``credentials``. The placeholders, ``<EMAIL>`` and the like, hold no quote, backslash or line end, so they are valid in
+a string literal of every common language, and nothing that any type looks for. Addresses that are private, reserved, of
+multicast or for documentation stay (RFC 6890, as ``ipaddress`` has it); example domains count as e-mail. In code a
+match must not look like an expression: an attribute after a matrix product (``a@b.mean()``, ``q@k.mT``) and a slice
+(``x[2000::3]``) stay.
+Left out: names, postal addresses and identity numbers of countries, which no pattern tells from other text.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-PLACEHOLDERS = {"email": "<EMAIL>", "ip": "<IP>"}
+from pipelines.clean.credentials import SECRET, redact_secrets
+from pipelines.clean.numbers import CARD, IBAN, PHONE, redact_cards, redact_ibans, redact_phones
+
+PLACEHOLDERS = {
+    "secret": SECRET,
+    "email": "<EMAIL>",
+    "iban": IBAN,
+    "card": CARD,
+    "phone": PHONE,
+    "ip": "<IP>",
+}
 
 # The search begins at the @, which is rare, and looks back for the local part (RFC 5321: at most 64 octets; longer runs
 # are taken whole, so that nothing of them is left).
@@ -26,21 +38,29 @@ _CODE_DOMAINS = re.compile(
     "[a-z]{2}|com|org|net|edu|gov|mil|int|info|biz|name|pro|app|dev|cloud|tech|online|site|xyz|email|aero|coop|museum"
     "|systems|software|academy|foundation|example|test|local|localhost|invalid"
 )
+# Begin at the point and the colon, which are rare beside digits, and tell that most texts have no address.
+_IPV4_LIKE = re.compile(r"\.(?<=[0-9]\.)[0-9]{1,3}\.[0-9]{1,3}\.[0-9]")
+_IPV6_LIKE = re.compile(r":(?<=[23][0-9A-Fa-f]{3}:)[0-9A-Fa-f:]")
 _IPV4 = re.compile(r"(?<![\w.])(?:[0-9]{1,3}\.){3}[0-9]{1,3}(?!\w|\.[0-9])")
 # 2000::/3 is all that is allocated of global unicast (IANA), so a public address begins with 2 or 3 and four digits.
 _IPV6 = re.compile(r"(?<![\w:.])[23][0-9A-Fa-f]{3}:[0-9A-Fa-f:]{1,34}(?:(?<=:)(?:[0-9]{1,3}\.){3}[0-9]{1,3})?(?!\w)")
 
 
-def redact(text: str, *, code: bool = False, types: tuple[str, ...] = ("email", "ip")) -> tuple[str, dict[str, int]]:
+def redact(text: str, *, code: bool = False, types: Sequence[str] = tuple(PLACEHOLDERS)) -> tuple[str, dict[str, int]]:
     """The text with every match of the types replaced, and the number of matches by type (types with none are absent).
 
-    Applying it again changes nothing and counts nothing.
+    Applying it again changes nothing and counts nothing: what a replacement uncovers is replaced too.
     """
     counts: dict[str, int] = {}
-    for kind in types:
-        text, count = _REDACTORS[kind](text, code)
-        if count:
-            counts[kind] = count
+    again = True
+    while again:
+        again = False
+        for kind, redactor in _REDACTORS.items():
+            if kind in types:
+                text, count = redactor(text, code)
+                if count:
+                    counts[kind] = counts.get(kind, 0) + count
+                    again = True
     return text, counts
 
 
@@ -60,7 +80,9 @@ def _emails(text: str, code: bool) -> tuple[str, int]:
 
 
 def _is_address_in_code(text: str, domain: re.Match[str]) -> bool:
-    top = domain.group().rsplit(".", 1)[1].lower()
+    top = domain.group().rsplit(".", 1)[1]
+    # "q@k.mT" is a product with a transposed matrix.
+    top = top.lower() if top.isupper() else top
     return _CODE_DOMAINS.fullmatch(top) is not None and text[domain.end() : domain.end() + 1] not in ("(", "[")
 
 
@@ -78,9 +100,9 @@ def _addresses(text: str, code: bool) -> tuple[str, int]:
 
         return one
 
-    if text.count(":") > 1:
+    if _IPV6_LIKE.search(text):
         text = _IPV6.sub(replace(lambda m: _after_ipv6(m, code)), text)
-    if text.count(".") > 2:
+    if _IPV4_LIKE.search(text):
         text = _IPV4.sub(replace(_after_ipv4), text)
     return text, count
 
@@ -109,4 +131,12 @@ def _after_ipv6(match: str, code: bool) -> str | None:
     return None
 
 
-_REDACTORS: dict[str, Callable[[str, bool], tuple[str, int]]] = {"email": _emails, "ip": _addresses}
+# Secrets first: digits and addresses inside of one are not anything else.
+_REDACTORS: dict[str, Callable[[str, bool], tuple[str, int]]] = {
+    "secret": redact_secrets,
+    "email": _emails,
+    "iban": redact_ibans,
+    "card": redact_cards,
+    "phone": redact_phones,
+    "ip": _addresses,
+}
