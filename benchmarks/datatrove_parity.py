@@ -44,7 +44,7 @@ from pipelines.clean.words import index_words, split_words
 
 DOCUMENTS = 4000
 MADE = 5000
-LONGEST = 400_000  # characters; datatrove's n-grams of a longer text are slow, and decide nothing new
+LONGEST = 40_000  # characters; every rule is a share but max_words, and n-grams of longer texts are slow in datatrove
 BATCH = 200
 CITATION = re.compile(r"\[(?:\d*|edit|citation needed)\]")
 BAD_WORDS = ("warning", "deprecated", "bad-word", "todo fix", "é")
@@ -78,7 +78,7 @@ def _theirs() -> dict[str, Theirs]:
         "new_line_ratio": float("inf"),
     }
     symbols = gopher_quality_filter.GopherQualityFilter(**quality_off | {"max_symbol_word_ratio": 0.1})
-    quality = {
+    quality: dict[str, dict[str, Any]] = {
         "min_words": {"min_doc_words": 50},
         "max_words": {"max_doc_words": 100000},
         "mean_word_length": {"min_avg_word_length": 3, "max_avg_word_length": 10},
@@ -87,13 +87,13 @@ def _theirs() -> dict[str, Theirs]:
         "alpha_words": {"max_non_alpha_words_ratio": 0.8},
         "stop_words": {"min_stop_words": 2},
     }
-    shipped = {
+    shipped: dict[str, float] = {
         "dup_line_frac": 0.3,
         "dup_para_frac": 0.3,
         "dup_line_char_frac": 0.2,
         "dup_para_char_frac": 0.2,
     }
-    of_fineweb = {
+    of_fineweb: dict[str, dict[str, Any]] = {
         "line_punct_ratio": {"line_punct_thr": 0.12},
         "short_line_ratio": {"short_line_thr": 0.67},
         "char_dup_ratio": {"char_duplicates_ratio": 0.01},

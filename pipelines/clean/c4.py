@@ -5,8 +5,8 @@ judged as C4 judges it while its text stays whole. The phrase "lorem ipsum" and 
 as in the paper; datatrove and c4_utils look for them in the lines that they keep alone. A line's words are counted
 before citations are taken out, as datatrove 0.10 does, not after, as c4_utils does. Sentences end at a run of ". ! ?"
 before white space or the line's end, and every kept line holds one at least; the original splits them with NLTK's Punkt
-model, which no wheel carries. ``bad_words`` counts the words of a list that the configuration gives by language: C4's own list
-is not here, since what it removes beside obscenity is disputed (Dodge et al. 2021, section 5).
+model, which no wheel carries. ``bad_words`` counts the words of a list that the configuration gives by language: C4's
+own list is not here, since what it removes beside obscenity is disputed (Dodge et al. 2021, section 5).
 Left out: C4's removal of spans of three sentences met before, which looks at the whole corpus, and mC4's paragraphs.
 """
 

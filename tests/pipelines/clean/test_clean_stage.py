@@ -72,6 +72,7 @@ def rows() -> list[dict[str, Any]]:
         bronze_row("pkg/deep/b.py", "# SPDX-License-Identifier: MIT\n" + CODE, "code"),
         bronze_row("other/c.py", CODE, "code", license_declared="Apache-2.0"),
         bronze_row("other/empty.py", "", "code"),
+        bronze_row("call.html", "<p>Call +1 718 575 1816 with AKIAIOSFODNN7EXAMPLE.</p>", "code"),
     ]
 
 
@@ -94,9 +95,8 @@ def test_clean_judges_every_document(spark: SparkSession, lake: str, rows: list[
     short = silver["short.txt"]["rejected_by"]
     assert {"gopher_quality.min_words", "c4.lorem_ipsum", "c4.curly_bracket"} <= set(short)
     assert silver["empty.txt"]["rejected_by"] == ["gopher_quality.min_words"]
-    assert {"gopher_repetition.dup_line_frac", "gopher_repetition.dup_10_gram"} <= set(
-        silver["repeated.txt"]["rejected_by"]
-    )
+    repetition = {"gopher_repetition.dup_line_frac", "gopher_repetition.dup_10_gram", "fineweb.char_dup_ratio"}
+    assert repetition <= set(silver["repeated.txt"]["rejected_by"])
     assert (silver["german.txt"]["language"], silver["german.txt"]["rejected_by"]) == ("de", [])
 
     assert (silver["pkg/deep/a.py"]["license"], silver["pkg/deep/a.py"]["license_class"]) == (
@@ -107,6 +107,8 @@ def test_clean_judges_every_document(spark: SparkSession, lake: str, rows: list[
     assert (silver["pkg/deep/b.py"]["license"], silver["pkg/deep/b.py"]["rejected_by"]) == ("MIT", [])
     assert (silver["other/c.py"]["license"], silver["other/c.py"]["code_language"]) == ("Apache-2.0", "python")
     assert silver["other/c.py"]["signals"]["words"] is None
+    assert silver["call.html"]["rejected_by"] == ["code.visible_characters"]
+    assert silver["call.html"]["redactions"] == {"phone": 1, "secret": 1}
     assert "code.alphanumeric_frac" in silver["other/empty.py"]["rejected_by"]
 
 

@@ -96,3 +96,10 @@ def test_empty_text_is_measured_or_null() -> None:
 
 def test_scripts_without_spaces_are_split_by_character() -> None:
     assert split_words("今日は good, สวย\u00a0x") == ["今", "日", "は", "good,", "ส", "ว", "ย", "x"]
+    # A mark stays with its letter: alone it would be a word without one.
+    assert split_words("ที่ ភាសា မြန်မာ が") == ["ที่", "ភា", "សា", "မြ", "န်", "မာ", "が"]
+
+
+def test_thai_is_made_of_words_with_letters() -> None:
+    text = "ประเทศไทยมีภูเขาและแม่น้ำมากมายที่สวยงาม"
+    assert gopher.quality([text], index_words([text]))["alpha_words"][0] == 1

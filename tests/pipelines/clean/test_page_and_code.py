@@ -6,9 +6,12 @@ import math
 import time
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from pipelines.clean.c4 import page_signals
-from pipelines.clean.code import comment_characters, signals
+from pipelines.clean import code
+from pipelines.clean.c4 import bad_words, page_signals
+from pipelines.clean.code import comment_characters, encoded, signals, visible
 from pipelines.clean.language import language
 
 
@@ -44,6 +47,20 @@ def test_a_very_long_word_drops_its_line() -> None:
     assert page_signals("a b " + "x" * 1001 + ".")["sentences"] == 0
 
 
+def test_c4_counts_words_before_it_takes_citations_out() -> None:
+    assert page_signals("[1] two words.")["sentences"] == 1
+    assert page_signals("[1]two words.")["sentences"] == 0
+
+
+def test_bad_words_of_the_language_that_has_a_list() -> None:
+    lists = {"en": ("bad", "bad word"), "ja": ("悪い",)}
+    assert bad_words("A Bad word, badly said: bad!", "en", lists) == 2
+    assert bad_words("これは悪い言葉", "ja", lists) == 1
+    assert bad_words("nothing of it", "en", lists) == 0
+    assert math.isnan(bad_words("bad", "de", lists))
+    assert math.isnan(bad_words("bad", None, lists))
+
+
 def test_code_signals_of_a_python_file() -> None:
     text = '"""Doc."""\nx = "# no comment"  # yes\n\n\ndef f():\n    \'\'\'more\'\'\'\n    return """data"""\n'
     found = signals(text, "pkg/a.py", "python")
@@ -70,6 +87,44 @@ def test_code_flags() -> None:
     assert math.isnan(signals("x", "a.c", "c")["comment_ratio"])
     assert signals("", "a.c", "c")["alphanumeric_frac"] == 0
     assert signals("é1 -", "a.c", "c")["alphanumeric_frac"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "run"),
+    [
+        ("x = '" + "Ab3+" * 16 + "'", 64),
+        ("x = '" + "Ab3" * 21 + "'", 0),
+        ('b"' + r"\x00\x1f" * 5 + '"', 36),  # a quotation mark and a backslash have no boundary between
+        ("{0x1, " + "0x12,0x34," * 4 + "}", 40),
+        ("de ad be ef 00 11 22 33;", 23),
+        ("de ad be ef 00 11 22;", 0),
+        ('"' + r"\u00e9" * 8 + '"', 48),
+        ("deadbeef" * 7, 0),
+    ],
+)
+def test_encoded_data(text: str, run: int) -> None:
+    assert encoded(text)[1] == run
+    assert encoded(text + "\n\n(" + text + ")")[0] == 2 * run
+
+
+@given(st.text("0123456789abcdefx\\\\, \n+/=uG", max_size=200))
+def test_the_cheap_tests_for_encoded_data_miss_nothing(text: str) -> None:
+    spans = [m.span() for pattern in (code._BASE64, code._HEXADECIMAL, code._ESCAPES) for m in pattern.finditer(text)]
+    assert encoded(text)[1] == max((stop - start for start, stop in spans), default=0)
+
+
+def test_what_html_shows() -> None:
+    page = "<html><!-- no --><style>p {}</style><script>if (a < b) {}</script><p class='x'>Two\n  words</p> &amp; <b"
+    assert visible(page) == len("Two words &amp;")
+    found = signals(page, "a.html", "html")
+    assert (found["visible_characters"], found["visible_frac"]) == (15, 15 / len(page))
+    assert math.isnan(signals("x", "a.py", "python")["visible_frac"])
+    assert visible("<script" * 50_000 + "<" * 100_000) == 0
+
+
+def test_xml_under_another_name() -> None:
+    assert signals('\n<?xml version="1.0"?>', "a.sld", None)["xml_declared"] == 1
+    assert signals("x" * 100 + "<?xml version=", "a.py", "python")["xml_declared"] == 0
 
 
 @pytest.mark.parametrize(
