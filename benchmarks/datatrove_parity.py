@@ -334,7 +334,8 @@ def made(number: int) -> list[str]:
         texts.append("".join(draw.choice(pieces) + draw.choice(ends) for _ in range(size)))
 
     make()
-    return texts
+    # Beyond the most words, which no text of pieces reaches.
+    return [*texts, "to be, " * 50_001]
 
 
 def report(title: str, counts: dict[str, Count]) -> int:
