@@ -2,8 +2,8 @@
 
 A word is a maximal run of characters between Unicode white space, as the papers count. In scripts that are written
 without spaces (Han, Kana, Thai, Lao, Burmese, Khmer) every character with the marks that it carries is a word of its
-own, about an extended grapheme cluster of UAX 29: a vowel sign alone would be a word without a letter, and a fourth of
-a Thai text would seem to be none. A dictionary segmenter would be better for them and is not here. Documents are split
+own, about an extended grapheme cluster of UAX 29: a vowel sign alone would be a word without a letter, and half of a
+Burmese text would seem to be none. A dictionary segmenter would be better for them and is not here. Documents are split
 once; their distinct words are numbered once a batch, so that every later count is arithmetic on integers.
 """
 

@@ -100,6 +100,6 @@ def test_scripts_without_spaces_are_split_by_character() -> None:
     assert split_words("ที่ ភាសា မြန်မာ が") == ["ที่", "ភា", "សា", "မြ", "န်", "မာ", "が"]
 
 
-def test_thai_is_made_of_words_with_letters() -> None:
-    text = "ประเทศไทยมีภูเขาและแม่น้ำมากมายที่สวยงาม"
+@pytest.mark.parametrize("text", ["ประเทศไทยมีภูเขาและแม่น้ำ", "ភាសាខ្មែរជាភាសាផ្លូវការ", "မြန်မာဘာသာစကားသည်", "ພາສາລາວເປັນພາສາ"])
+def test_words_without_spaces_have_letters(text: str) -> None:
     assert gopher.quality([text], index_words([text]))["alpha_words"][0] == 1
