@@ -121,13 +121,15 @@ def split_records(chunks: Iterator[bytes], max_bytes: int) -> Iterator[Block]:
     buffer = _Buffer(chunks)
     number = 0
     while True:
-        while buffer.held[:2] == b"\r\n" or (buffer.fill(2) and buffer.held[:2] == b"\r\n"):
-            del buffer.held[:2]
-        if not buffer.held and not buffer.more():
+        while buffer.fill(1) and buffer.held[0] in b"\r\n":
+            del buffer.held[:1]
+        if not buffer.held:
             break
         number += 1
-        yield _next(buffer, number, max_bytes)
-        if buffer.broken is not None:
+        block = _next(buffer, number, max_bytes)
+        yield block
+        # A stream may break behind a record that is whole: then no block has said so yet.
+        if buffer.broken is not None and block.problem is buffer.broken:
             return
     if buffer.broken is not None:
         yield Block(number + 1, b"", 0, buffer.broken)
