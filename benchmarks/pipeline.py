@@ -80,7 +80,7 @@ ROWS = (
 
 def seconds(stages: Stages, names: Sequence[str]) -> float:
     """CPU seconds of the stages together."""
-    return sum(stages[name]["cpu"] for name in names)
+    return float(sum(stages[name]["cpu"] for name in names))
 
 
 def peer_seconds(row: Row, stages: Stages) -> float:

@@ -3,7 +3,7 @@
 Code is the installed packages' and the standard library's sources. Prose is their documentation: .md, .rst and .txt
 files, and the docstrings of a module joined to one document, of which there is far more. Near duplicates are real
 documents with words replaced, dropped and swapped at random; at most two words in a hundred are touched, which leaves
-the Jaccard similarity of five-word shingles at about 0.82 and more. The same seed and the same packages give the same bytes.
+the Jaccard similarity of five-word shingles at about 0.82 and more. The same seed and packages give the same bytes.
 
 OUT/text and OUT/code hold files of about 4 MB, one record a line: id, text, kind. An id says what the record is:
 `original-N`, `exact-N-of-M`, `near-N-of-M`. OUT/corpus.json says how much there is of each. Left out: downloads, and
@@ -165,7 +165,7 @@ def docstrings(source: str) -> str:
 
 def _copies(config: CorpusConfig, originals: list[dict[str, str]], draw: random.Random) -> list[dict[str, str]]:
     """Exact and edited copies of originals drawn at random, each share until its bytes are there."""
-    copies = []
+    copies: list[dict[str, str]] = []
     for origin, share in (("exact", config.exact), ("near", config.near)):
         left = share * config.megabytes * MEGABYTE
         while left > 0:
@@ -178,7 +178,7 @@ def _copies(config: CorpusConfig, originals: list[dict[str, str]], draw: random.
 
 
 def edited(text: str, draw: random.Random) -> str:
-    """The text after one edit or more, at most MOST_EDITED a word: one replaced by another, one dropped, two swapped."""
+    """The text after an edit or more, at most MOST_EDITED a word: one replaced by another, one dropped, two swapped."""
     pieces = _SPACE.split(text)
     words = range(0, len(pieces), 2)
     for _ in range(max(1, int(draw.uniform(0, MOST_EDITED) * len(words)))):

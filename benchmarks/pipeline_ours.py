@@ -18,10 +18,12 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.json
+from pydantic import BaseModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -34,6 +36,9 @@ from pipelines.ingest.config import IngestConfig, SourceConfig
 from pipelines.pack.config import PackConfig
 from pipelines.tables import LICENSE_CLASSES
 from pipelines.tokenize.config import TokenizeConfig
+
+if TYPE_CHECKING:
+    from pipelines.lake import StageResult
 
 BATCH = 512  # rows, as the pipeline's session makes them
 
@@ -73,16 +78,16 @@ def run(settings: str, corpus: Path, tokenizer: Path, lake: Path, meter: Meter) 
 
         save(str(lake), Tokenizer.from_file(str(tokenizer)))
         spark = spark_session()
-    steps = (
-        ("ingest", lambda: ingest_stage.run(spark, str(lake), ingest, run_id="benchmark")),
-        ("clean", lambda: clean_stage.run(spark, str(lake), clean, run_id="benchmark")),
-        ("dedup", lambda: dedup_stage.run(spark, str(lake), DedupConfig(), run_id="benchmark")),
-        ("tokenize", lambda: tokenize_stage.run(spark, str(lake), TokenizeConfig(), run_id="benchmark")),
-        ("pack", lambda: pack_stage.run(spark, str(lake), PackConfig(), run_id="benchmark")),
+    steps: tuple[tuple[str, Callable[..., StageResult], BaseModel], ...] = (
+        ("ingest", ingest_stage.run, ingest),
+        ("clean", clean_stage.run, clean),
+        ("dedup", dedup_stage.run, DedupConfig()),
+        ("tokenize", tokenize_stage.run, TokenizeConfig()),
+        ("pack", pack_stage.run, PackConfig()),
     )
-    for name, step in steps:
+    for name, stage, config in steps:
         with meter.stage(name) as counts:
-            counts.update(step().counts)
+            counts.update(stage(spark, str(lake), config, run_id="benchmark").counts)
     spark.stop()
 
 
