@@ -194,16 +194,17 @@ def main() -> int:
             ran[contestant] = {stage["stage"]: stage for stage in figures["stages"]}
             versions |= {f"peer {name}": of for name, of in figures.get("versions", {}).items()}
             out.print(f"{contestant}: {seconds(ran[contestant], list(ran[contestant])):.1f} CPU s", markup=False)
+            # A long run that is cut off keeps what it has measured.
+            record = {
+                "corpus": counts,
+                "ratios": {row.name: ratios(row, ran) for row in ROWS},
+                "ran": ran,
+                "machine": machine(),
+                "versions": versions,
+            }
+            asked.out.mkdir(parents=True, exist_ok=True)
+            (asked.out / "pipeline.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     show(ran, counts)
-    asked.out.mkdir(parents=True, exist_ok=True)
-    record = {
-        "corpus": counts,
-        "ratios": {row.name: ratios(row, ran) for row in ROWS},
-        "ran": ran,
-        "machine": machine(),
-        "versions": versions,
-    }
-    (asked.out / "pipeline.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return 0
 
 
