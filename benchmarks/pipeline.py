@@ -99,16 +99,18 @@ def ratios(row: Row, ran: dict[str, Stages]) -> dict[str, float]:
 def show(ran: dict[str, Stages], counts: dict[str, int]) -> None:
     """Print the three tables."""
     compared = _table("CPU seconds of the whole process tree; ratio of datatrove's to ours", "stage")
-    for name in ("ours", "shipped", "regex", "shipped/ours", "target", "regex/ours", "target"):
+    for name in ("ours", *(name for peer in PEERS for name in (peer, "ratio", "target"))):
         compared.add_column(name, justify="right", no_wrap=True)
     for row in ROWS:
         found = ratios(row, ran)
         if not found:
             continue
         cells = [f"{seconds(ran[row.contestant], row.ours):.1f}"]
-        cells += [f"{peer_seconds(row, ran[peer]):.1f}" if peer in ran else "" for peer in PEERS]
         for peer, target in zip(PEERS, row.targets, strict=True):
-            cells += [f"{found[peer]:.2f}" if peer in found else "", "" if target is None else f"{target:g}"]
+            there = peer in ran
+            cells.append(f"{peer_seconds(row, ran[peer]):.1f}" if there else "")
+            cells.append(f"{found[peer]:.2f}" if there else "")
+            cells.append("" if target is None else f"{target:g}")
         compared.add_row(row.name, *cells)
     out.print(compared)
     costs = _table("What each stage took: of CPU seconds, and the greatest memory of its processes together", "run")
@@ -130,7 +132,10 @@ def show(ran: dict[str, Stages], counts: dict[str, int]) -> None:
 
 
 def _table(title: str, first: str) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    # Narrow enough for 80 columns: a figure that is cut short would be none.
+    table = Table(
+        title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0)
+    )
     table.add_column(first, no_wrap=True)
     return table
 
