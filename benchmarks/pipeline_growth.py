@@ -83,7 +83,9 @@ def change(megabytes: float, folder: Path) -> dict[str, Any]:
         command = [sys.executable, "-m", "jobs.pipeline", "--lake", str(lake), "--config", str(settings)]
         with meter.stage(name) as counts:
             subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
-        counts["bytes"] = sum(path.stat().st_size for path in watched.glob("*/*.jsonl"))
+            counts["bytes"] = sum(path.stat().st_size for path in watched.glob("*/*.jsonl"))
+        usage = meter.stages[-1]
+        out.print(f"{name:<12} {usage.cpu:8.1f} CPU s {counts['bytes'] / 1e6:8.1f} MB of JSONL")
 
     add([path for path in files if path not in new])
     pipeline("first", folder / "lake")
@@ -93,8 +95,6 @@ def change(megabytes: float, folder: Path) -> dict[str, Any]:
     pipeline("full", folder / "fresh")
     pipeline("nothing new", folder / "lake")
     stages = {usage.stage: asdict(usage) for usage in meter.stages}
-    for usage in meter.stages:
-        out.print(f"{usage.stage:<12} {usage.cpu:8.1f} CPU s {usage.counts['bytes'] / 1e6:8.1f} MB of JSONL")
     share = stages["changed"]["cpu"] / stages["full"]["cpu"]
     out.print(f"{len(new)} new files of {len(files)}: {100 * share:.0f} % of a full run (at most 20 % is promised)")
     return {"stages": stages, "share": share, "files": len(files), "new_files": len(new)}
