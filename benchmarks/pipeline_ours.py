@@ -28,7 +28,8 @@ from pydantic import BaseModel
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.processes import Meter
-from pipelines.clean.batch import slices, text_signals
+from pipelines.batches import slices
+from pipelines.clean.batch import text_signals
 from pipelines.clean.config import CleanConfig
 from pipelines.dedup.config import DedupConfig
 from pipelines.dedup.shingles import lsh
