@@ -46,8 +46,9 @@ STAGES: dict[str, Stage] = {
     "tokenize": Stage("pipelines.tokenize.stage", TokenizeConfig, "lakemoe pack"),
     "pack": Stage("pipelines.pack.stage", PackConfig, "lakemoe train"),
 }
-# The stages that follow documents from table to table.
-FOLLOWERS = ("clean", "decontaminate", "dedup", "tokenize", "pack")
+# The stages by which a document that leaves bronze leaves the other tables. Not decontaminate: an erasure must not hang
+# on a folder of evaluation sets that may have moved.
+FOLLOWERS = ("clean", "dedup", "tokenize", "pack")
 
 
 def run_stage(job: str, lake: str, config: BaseModel) -> dict[str, int]:

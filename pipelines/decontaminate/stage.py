@@ -2,13 +2,12 @@
 
 The n-grams of all sets are hashed once by the driver and travel to each Python worker once, as a broadcast; text goes
 through one Arrow function. Verdicts stand after the rules', in the order of the sets' names; one that no longer holds
-is taken back. Without sets nothing is done, and verdicts that are there stay. A run after the first matches the
-documents that changed.
+is taken back. Without sets nothing is done, and verdicts that are there stay.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +21,6 @@ from pipelines.changes import Since, changes, keys, within
 from pipelines.decontaminate.config import DecontaminateConfig
 from pipelines.decontaminate.ngrams import Index, build, match
 from pipelines.decontaminate.sets import read_sets, sets_input
-from pipelines.errors import LakeError
 from pipelines.lake import StageResult
 from pipelines.tables import CONTAMINATED, SILVER_DOCUMENTS
 
@@ -37,41 +35,43 @@ def run(
 ) -> StageResult:
     """Bring the verdicts ``contaminated:SET`` of silver.documents in line with the evaluation sets.
 
-    since: the version of silver.documents that the last run with these sets left; None looks at every document.
-    Raises LakeError when the sets cannot be read, or another job wrote silver.documents meanwhile.
+    since: the version of silver.documents that the last run by this configuration and these sets saw; None looks at
+    every document. Raises LakeError when the sets cannot be read, or there is no silver.documents.
     """
     sets = read_sets(config)
     if not sets:
         return StageResult(counts={"sets": 0}, inputs=sets_input(sets), unchanged=True)
-    index = build(((one.name, one.texts()) for one in sets), config.ngram)
     version = tables_of.version(spark, lake, SILVER_DOCUMENTS)
     silver = tables_of.read(spark, lake, SILVER_DOCUMENTS, version)
-    changed = keys(changes(spark, lake, SILVER_DOCUMENTS, since, version, "document_id"))
-    documents = within(silver, changed)
-    shared = spark.sparkContext.broadcast(index)
+    documents = to_look_at(silver, keys(changes(spark, lake, SILVER_DOCUMENTS, since, version, "document_id")))
+    shared = spark.sparkContext.broadcast(build(((one.name, one.texts()) for one in sets), config.ngram))
     found = verdicts(documents, shared).persist()
     try:
         # Before the commit: Spark drops what it holds of a table that is written, and would match everything again.
-        counts = {"documents": silver.count(), "documents_looked_at": documents.count()} | count(found, shared)
-        revised = found.select("document_id", F.col("verdict").alias("rejected_by"), F.lit(run_id).alias("run_id"))
-        written = tables_of.revise(spark, lake, SILVER_DOCUMENTS, revised)
+        counts = {"documents": documents.count()} | count(found, shared)
+        judged = found.select("document_id", F.col("verdict").alias("rejected_by"), F.lit(run_id).alias("run_id"))
+        written = tables_of.revise(spark, lake, SILVER_DOCUMENTS, judged)
     finally:
         found.unpersist()
         shared.destroy()
-    counts |= {"updated": written.updated}
-    counts |= contaminated(tables_of.read(spark, lake, SILVER_DOCUMENTS, written.version), index.sets)
-    after = written.version
-    if after != (version or 0) + bool(written.updated):
-        raise LakeError(
-            f"silver.documents in {lake} was written by another job meanwhile: run decontaminate again when it ended.",
-            75,
-        )
-    # The version after is the one seen: what this run wrote gives itself nothing to do.
+    # What this run itself wrote gives it nothing to do; what another job wrote meanwhile was not seen.
+    own = (version or 0) + bool(written.updated)
     return StageResult(
-        counts=counts,
-        inputs={SILVER_DOCUMENTS.name: after, **sets_input(sets)},
-        outputs={SILVER_DOCUMENTS.name: after},
+        counts=counts | {"updated": written.updated},
+        inputs={SILVER_DOCUMENTS.name: own if written.version == own else version or 0, **sets_input(sets)},
+        outputs={SILVER_DOCUMENTS.name: written.version},
     )
+
+
+def to_look_at(silver: DataFrame, changed: DataFrame | None) -> DataFrame:
+    """The documents that changed, and those with a verdict of this stage, so that the counts are those of all.
+
+    changed: document_id; None: every document.
+    """
+    if changed is None:
+        return silver
+    marked = silver.where(f"exists(rejected_by, name -> {_IS_OURS})")
+    return within(silver, changed).unionByName(marked.join(changed, "document_id", "left_anti"))
 
 
 def verdicts(documents: DataFrame, index: Broadcast[Index]) -> DataFrame:
@@ -122,28 +122,23 @@ def item_batches(index: Broadcast[Index]) -> Callable[[Batches], Batches]:
     return batches
 
 
-def contaminated(silver: DataFrame, sets: Sequence[str]) -> dict[str, int]:
-    """Documents that hold items, in all and by set (``contaminated.SET``), of the whole table."""
-    names = silver.select("document_id", F.explode("rejected_by").alias("name")).where(_IS_OURS)
-    by_name = _by_name(names.groupBy("name").count())
-    total = names.select("document_id").distinct().count()
-    return {"contaminated": total} | {f"contaminated.{name}": by_name.get(CONTAMINATED + name, 0) for name in sets}
-
-
 def count(found: DataFrame, index: Broadcast[Index]) -> dict[str, int]:
-    """The counts of the sets' items and of those found in the documents looked at, in all and by set."""
+    """The counts of the sets and of what was found of them, in all and by set (``contaminated.SET`` and so on)."""
     known = index.value
     items = np.bincount(known.set_of, minlength=len(known.sets))
     searched = np.bincount(known.set_of[np.unique(known.items_of.values)], minlength=len(known.sets))
     held = found.select(F.explode("ngrams").alias("ngram")).distinct()
     held_items = held.mapInArrow(item_batches(index), "name string, item bigint").distinct().groupBy("name").count()
+    documents = found.select(F.explode("contaminated").alias("name")).groupBy("name").count()
     parts = {
         "items": dict(zip(known.sets, items.tolist(), strict=True)),
         "items_too_short": dict(zip(known.sets, (items - searched).tolist(), strict=True)),
         "items_found": _by_name(held_items),
+        "contaminated": _by_name(documents),
     }
     counts = {"sets": len(known.sets), "ngrams": len(known.hashes)}
     counts |= {total: sum(by_set.values()) for total, by_set in parts.items()}
+    counts["contaminated"] = found.where("size(contaminated) > 0").count()
     for total, by_set in parts.items():
         counts |= {f"{total}.{name}": by_set.get(name, 0) for name in known.sets}
     return counts

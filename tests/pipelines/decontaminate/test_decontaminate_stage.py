@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +24,14 @@ ITEMS = [" ".join(f"{name}{i}" for i in range(20)) for name in ("apple", "pear",
 RULES = ["gopher_quality.stop_words", "c4.min_sentences"]
 
 
-def write_silver(spark: SparkSession, lake: str, texts: dict[str, tuple[str, list[str]]]) -> None:
+def write_silver(
+    spark: SparkSession, lake: str, texts: dict[str, tuple[str, list[str]]], run_id: str = "clean"
+) -> None:
     from pyspark.sql import functions as F
 
     tables_of.ensure(spark, lake, SILVER_DOCUMENTS)
     rows = [
-        (name, "s", name, "text", text, rejected, hashlib.sha256(text.encode()).hexdigest(), "clean")
+        (name, "s", name, "text", text, rejected, hashlib.sha256(text.encode()).hexdigest(), run_id)
         for name, (text, rejected) in texts.items()
     ]
     df = spark.createDataFrame(
@@ -43,6 +47,13 @@ def write_silver(spark: SparkSession, lake: str, texts: dict[str, tuple[str, lis
 
 def silver(spark: SparkSession, lake: str) -> dict[str, dict[str, Any]]:
     return {r["document_id"]: r.asDict() for r in tables_of.read(spark, lake, SILVER_DOCUMENTS).collect()}
+
+
+@contextmanager
+def recorded(spark: SparkSession, lake: str) -> Iterator[str]:
+    """What is written in the body is a recorded run of clean."""
+    with runs.recorded(lake, "clean", {}) as run, tables_of.committing(spark, run.run_id):
+        yield run.run_id
 
 
 def write_set(folder: Path, name: str, *items: str) -> None:
@@ -109,8 +120,21 @@ def test_verdicts_come_stay_and_go(
     assert again.counts == counts | {"updated": 0}
     assert tables_of.version(spark, lake, SILVER_DOCUMENTS) == version + 1
 
+    # Another job's documents: those alone are matched, beside those that have a verdict; the counts are those of all.
+    rows = {name: (row["text"], row["rejected_by"]) for name, row in after.items() if name != "one"}
+    with recorded(spark, lake) as run_id:
+        write_silver(spark, lake, {**rows, "near": ("other text", []), "new": (ITEMS[2], ["a.rule"])}, run_id)
+    counts = stages.run_stage("decontaminate", lake, config)
+    assert silver(spark, lake)["new"]["rejected_by"] == ["a.rule", "contaminated:art"]
+    assert counts["documents"] == 3
+    assert (counts["updated"], counts["contaminated.art"], counts["contaminated.zoo"]) == (1, 2, 1)
+    assert (counts["items_found.art"], counts["items_found.zoo"]) == (2, 1)
+
     # Other contents under the same name are other sets.
     write_set(folder, "zoo", ITEMS[2])
-    assert stages.run_stage("decontaminate", lake, config)["updated"] == 2
-    assert len(calls) == 3
-    assert [silver(spark, lake)[name]["rejected_by"] for name in ("both", "one")] == [[*RULES, "contaminated:art"], []]
+    assert stages.run_stage("decontaminate", lake, config)["documents"] == 5
+    assert len(calls) == 4
+    assert {name: row["rejected_by"] for name, row in silver(spark, lake).items() if name in ("both", "new")} == {
+        "both": [*RULES, "contaminated:art"],
+        "new": ["a.rule", "contaminated:art", "contaminated:zoo"],
+    }
