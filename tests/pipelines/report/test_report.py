@@ -171,7 +171,7 @@ def test_what_judged_and_what_it_rejected(counted: Figures) -> None:
 
 @pytest.mark.slow
 def test_lineage(counted: Figures) -> None:
-    assert {state.table for state in counted.tables} == set(TABLES) - {"ops.promotions"}
+    assert {state.table for state in counted.tables} == set(TABLES) - {"ops.promotions", "ops.erasures"}
     (run,) = counted.runs
     assert (run.job, run.status, run.behind) == ("clean", "succeeded", ())
     assert run.inputs == tuple(f"bronze.documents@{t.version}" for t in counted.tables if t.table == "bronze.documents")
