@@ -11,7 +11,7 @@ from pydantic import Field
 from jobs import console, runs
 from jobs.main import main
 from jobs.settings import JobSettings
-from model.registry.pins import Pin, pins
+from model.registry.pins import pins
 from pipelines.errors import LakeError
 from pipelines.tables import TABLES, table_uri
 
@@ -36,36 +36,35 @@ def run(settings: Settings) -> None:
         from pipelines.maintain import stage
         from pipelines.session import spark_session
 
-        if settings.vacuum and not settings.force:
-            _refuse(lake, list(pins(lake)), settings.retention_hours)
         spark = spark_session()
+        run.inputs = {name: runs.table_version(lake, name) or 0 for name in names}
         with committing(spark, run.run_id):
-            for name in names:
-                before = runs.table_version(lake, name) or 0
-                with console.working(f"maintain {name}"):
-                    if settings.optimize:
-                        removed, added = stage.optimize(spark, lake, TABLES[name])
-                        run.counts |= {f"compacted.{name}": removed, f"compacted_to.{name}": added}
-                    if settings.vacuum:
-                        files = len(_doomed(lake, name, settings.retention_hours))
-                        stage.vacuum(spark, lake, TABLES[name], settings.retention_hours)
-                        run.counts[f"removed.{name}"] = files
-                        console.note(f"  {name}: {files} old files removed")
-                run.inputs[name], run.outputs[name] = before, runs.table_version(lake, name) or 0
+            for name in names if settings.optimize else ():
+                with console.working(f"compact {name}"):
+                    removed, added = stage.optimize(spark, lake, TABLES[name])
+                run.counts |= {f"compacted.{name}": removed, f"compacted_to.{name}": added}
+            # Looked at after compaction, which makes old files of those that the newest version had.
+            doomed = {name: _doomed(lake, name, settings.retention_hours) for name in names if settings.vacuum}
+            if not settings.force:
+                _refuse(lake, doomed)
+            for name, files in doomed.items():
+                with console.working(f"vacuum {name}"):
+                    stage.vacuum(spark, lake, TABLES[name], settings.retention_hours)
+                run.counts[f"removed.{name}"] = len(files)
+                console.note(f"  {name}: {len(files)} old files removed")
+        run.outputs = {name: runs.table_version(lake, name) or 0 for name in names}
         run.counts["tables"] = len(names)
     console.done("maintain", run.status, run.counts)
 
 
-def _refuse(lake: str, pinned: list[Pin], retention_hours: int) -> None:
-    """Raises LakeError (exit code 2) that names the first who would lose its data."""
-    for pin in pinned:
+def _refuse(lake: str, doomed: dict[str, set[str]]) -> None:
+    """Raises LakeError (exit code 2) that names the first who would lose its data. doomed: files by table."""
+    for pin in pins(lake) if doomed else ():
         try:
-            needed = set(DeltaTable(table_uri(lake, pin.table), version=pin.version).file_uris())
+            needed = DeltaTable(table_uri(lake, pin.table), version=pin.version).file_uris()
         except DeltaError:
             continue  # gone already
-        root = table_uri(lake, pin.table)
-        doomed = {f"{root}/{file}" for file in _doomed(lake, pin.table, retention_hours)}
-        if needed & doomed:
+        if not doomed[pin.table].isdisjoint(needed):
             raise LakeError(
                 f"{pin.holder} needs {pin.table} at version {pin.version}, whose files this would remove: keep more "
                 "hours by --retention-hours, or say --force to lose them.",
@@ -73,10 +72,11 @@ def _refuse(lake: str, pinned: list[Pin], retention_hours: int) -> None:
             )
 
 
-def _doomed(lake: str, name: str, retention_hours: int) -> list[str]:
-    """The files that a vacuum would remove, relative to the table."""
-    table = DeltaTable(table_uri(lake, name))
-    return table.vacuum(retention_hours, dry_run=True, enforce_retention_duration=False, full=True)
+def _doomed(lake: str, name: str, retention_hours: int) -> set[str]:
+    """The files that a vacuum would remove."""
+    uri = table_uri(lake, name)
+    files = DeltaTable(uri).vacuum(retention_hours, dry_run=True, enforce_retention_duration=False, full=True)
+    return {f"{uri}/{file}" for file in files}
 
 
 if __name__ == "__main__":

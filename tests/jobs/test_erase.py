@@ -14,6 +14,7 @@ from pyspark.sql import SparkSession
 
 from jobs import runs
 from jobs.main import main
+from model.registry.tables import missing
 from pipelines import lake as lakes
 from pipelines.tables import (
     BRONZE_DOCUMENTS,
@@ -132,3 +133,25 @@ def test_an_erased_document_is_nowhere(
     assert lakemoe("erase", "--restore", "--document-id", first, "--lake", lake) == 0
     assert lakemoe(*pipeline) == 0
     assert [r["document_id"] for r in rows(spark, lake, BRONZE_DOCUMENTS)] == [first]
+
+
+@pytest.mark.slow
+def test_a_compaction_leaves_a_training_its_files(spark: SparkSession, lake: str, capsys: Any) -> None:
+    lakes.ensure(spark, lake, GOLD_SEQUENCES)
+    schema = lakes.spark_schema(GOLD_SEQUENCES.schema)
+    for name in ("first", "second"):  # a file each
+        row = (name, "train", "text", bytes(8), [2], [name], 0, "t", 2)
+        lakes.sync(spark, lake, GOLD_SEQUENCES, spark.createDataFrame([row], schema), delete=False)
+    uri = GOLD_SEQUENCES.uri(lake)
+    pinned = DeltaTable(uri).version()
+    assert len(DeltaTable(uri).file_uris()) == 2
+    training = Path(lake) / "training" / "half"
+    training.mkdir(parents=True)
+    (training / "run.json").write_text(json.dumps({"data": {"version": pinned}}))
+    vacuum = ("maintain", "--vacuum", "--retention-hours", "0", "--lake", lake)
+    assert lakemoe(*vacuum) == 2
+    assert "The training half, which is not finished, needs gold.sequences" in capsys.readouterr().err
+    assert missing(uri, pinned) is None
+    assert lakemoe(*vacuum, "--force") == 0
+    assert missing(uri, pinned) == "files of the version are gone (VACUUM)"
+    assert len(rows(spark, lake, GOLD_SEQUENCES)) == 2
