@@ -44,7 +44,7 @@ def rejudge(lake: str, config: CleanConfig) -> None:
         raise UsageError(f"clean.{other} is not what silver.documents was made with: run clean without --rejudge.")
     # Signals made by other code are judged all the same, but the next clean measures them anew.
     same_code = last["code_version"] == runs.code_version()
-    since = {v["table"]: v["version"] for v in last["inputs"]} if same_code else {}
+    since = runs.versions(last["inputs"]) if same_code else {}
     stages.record_stage("clean", lake, config, since=since, function="rejudge")
 
 

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from rich.console import Console
 
 out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
 # Seconds between lines about the same work, where there is no terminal.
 LINE_EVERY = 30
-err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 @contextmanager

@@ -133,10 +133,14 @@ def runs(lake: str, job: str | None = None) -> list[dict[str, Any]]:
     return sorted((row for row in rows if job in (None, row["job"])), key=lambda row: row["run_id"])
 
 
+def versions(uses: list[dict[str, Any]] | None) -> dict[str, int]:
+    """A run's inputs or outputs: versions by table, or by the name of what is no table."""
+    return {use["table"]: int(use["version"]) for use in uses or []}
+
+
 def edition(run: Mapping[str, Any]) -> tuple[int | None, int | None]:
     """Which rows of its tables a run is about, where editions share them: by tokenizer and by sequence length."""
-    tokenizer = next((int(v["version"]) for v in run["inputs"] or [] if v["table"] == "tokenizer"), None)
-    return tokenizer, json.loads(run["configuration"]).get("sequence_length")
+    return versions(run["inputs"]).get("tokenizer"), json.loads(run["configuration"]).get("sequence_length")
 
 
 def last_good(lake: str, job: str) -> list[dict[str, Any]]:
@@ -161,24 +165,29 @@ def last_state(
     if code_version().endswith(_DIRTY):
         return None
     beside = dict(others or {})
-    own = (beside.get("tokenizer"), configuration.get("sequence_length"))
-    last = next((run for run in last_good(lake, job) if edition(run) == own), None)
     wanted = json.dumps(configuration, sort_keys=True, default=str)
+    now = (beside.get("tokenizer"), configuration.get("sequence_length"))
+    own, known = [], set()
+    for run in runs(lake):
+        if run["status"] in GOOD:
+            if run["job"] == job and edition(run) == now:
+                own.append(run)
+            else:
+                known.add(run["run_id"])
+    last = own[-1] if own else None
     if last is None or (last["configuration"], last["code_version"]) != (wanted, code_version()) or not last["inputs"]:
         return None
-    if {v["table"]: v["version"] for v in last["inputs"] if v["table"] not in TABLES} != beside:
+    if {name: v for name, v in versions(last["inputs"]).items() if name not in TABLES} != beside:
         return None
-    known = {
-        run["run_id"] for run in runs(lake) if run["status"] in GOOD and (run["job"] != job or edition(run) != own)
-    }
-    if all(_continued(lake, v["table"], v["version"], known) for v in last["outputs"] or []):
+    if all(_continued(lake, name, version, known) for name, version in versions(last["outputs"]).items()):
         return last
     return None
 
 
 def is_current(lake: str, run: Mapping[str, Any]) -> bool:
     """Whether the tables that the run read are at the versions that it read: then it would write nothing."""
-    return all(table_version(lake, v["table"]) == v["version"] for v in run["inputs"] if v["table"] in TABLES)
+    read = versions(run["inputs"])
+    return all(table_version(lake, name) == version for name, version in read.items() if name in TABLES)
 
 
 def _continued(lake: str, name: str, version: int, run_ids: set[str]) -> bool:

@@ -62,8 +62,7 @@ def run_stage(job: str, lake: str, config: BaseModel) -> dict[str, int]:
         counts = dict(last["counts"])
         console.done(job, "unchanged", counts)
         return counts
-    since = {v["table"]: v["version"] for v in last["inputs"]} if last else None
-    return record_stage(job, lake, config, since=since, **options)
+    return record_stage(job, lake, config, since=runs.versions(last["inputs"]) if last else None, **options)
 
 
 def record_stage(
