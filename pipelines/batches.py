@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 import pyarrow.compute as pc
 
+Batches = Iterator[pa.RecordBatch]  # what a mapInArrow function takes and gives
 SLICE_BYTES = 4 * 1024 * 1024
 
 

@@ -40,23 +40,15 @@ def changes(
     seen = (since or {}).get(table.name)
     if seen is None or now is None or seen > now:
         return None
+    reader, uri = spark.read.format("delta"), table.uri(lake)
     if seen == now:
-        return spark.createDataFrame([], table_columns(spark, lake, table, columns).schema)
-    feed = (
-        spark.read.format("delta")
-        .option("readChangeFeed", "true")
-        .option("startingVersion", seen + 1)
-        .option("endingVersion", now)
-    )
+        return spark.createDataFrame([], reader.load(uri).select(*columns).schema)
+    feed = reader.options(readChangeFeed=True, startingVersion=seen + 1, endingVersion=now)
     try:
-        return feed.load(table.uri(lake)).select(*columns).distinct().localCheckpoint()
+        return feed.load(uri).select(*columns).distinct().localCheckpoint()
     except (PySparkException, Py4JJavaError):
         # Delta names a vacuumed file in one of several ways, by where it notices.
         return None
-
-
-def table_columns(spark: SparkSession, lake: str, table: Table, columns: tuple[str, ...]) -> DataFrame:
-    return spark.read.format("delta").load(table.uri(lake)).select(*columns)
 
 
 def keys(frame: DataFrame | None, column: str = "document_id") -> DataFrame | None:
@@ -73,3 +65,8 @@ def within(frame: DataFrame, wanted: DataFrame | None, column: str = "document_i
     if wanted is None:
         return frame
     return frame.join(wanted.withColumnRenamed("document_id", column), column, "left_semi")
+
+
+def without(frame: DataFrame, unwanted: DataFrame, column: str = "document_id") -> DataFrame:
+    """The frame's rows whose column is none of the keys."""
+    return frame.join(unwanted.withColumnRenamed("document_id", column), column, "left_anti")

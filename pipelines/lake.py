@@ -1,9 +1,9 @@
 """Reading and writing the lake's Delta tables with Spark: create, read, and make a table equal to a DataFrame.
 
-``sync`` is the one way a stage writes. It compares by key, commits only what differs, in one MERGE, and commits
-nothing when nothing differs: a run killed before the commit has changed nothing, the next run finishes its work, and a
-second run over the same input adds no table version. Every commit carries its run's id as ``userMetadata``
-(``committing``), so that a table's history says which run wrote what.
+``sync`` is the way a stage writes; ``revise`` sets columns and ``delete`` deletes rows by their keys. Each commits only
+what differs, in one MERGE, and commits nothing when nothing differs: a run killed before the commit has changed
+nothing, the next run finishes its work, and a second run over the same input adds no table version. Every commit
+carries its run's id as ``userMetadata`` (``committing``), so that a table's history says which run wrote what.
 """
 
 from __future__ import annotations
@@ -208,6 +208,16 @@ def sync(
     )
 
 
+def delete(spark: SparkSession, lake: str, table: Table, rows: DataFrame) -> int:
+    """Delete the rows that have the keys of ``rows``, in at most one commit; how many there are. rows must be there."""
+    key = list(table.key)
+    found = rows.select(*key).localCheckpoint()
+    if count := found.count():
+        target = DeltaTable.forPath(spark, table.uri(lake)).alias("t")
+        target.merge(found.alias("c"), _by(key)).whenMatchedDelete().execute()
+    return count
+
+
 def revise(spark: SparkSession, lake: str, table: Table, df: DataFrame) -> Change:
     """Set the columns that ``df`` has beside the table's key in the rows of its keys, in at most one commit.
 
@@ -221,9 +231,8 @@ def revise(spark: SparkSession, lake: str, table: Table, df: DataFrame) -> Chang
     different = df.join(old, key).where(~new.eqNullSafe(F.col("__old"))).drop("__old").localCheckpoint()
     updated = different.count()
     if updated:
-        on = " AND ".join(f"t.{k} = c.{k}" for k in key)
         values: dict[str, str | Column] = {name: f"c.{name}" for name in columns}
-        target.alias("t").merge(different.alias("c"), on).whenMatchedUpdate(set=values).execute()
+        target.alias("t").merge(different.alias("c"), _by(key)).whenMatchedUpdate(set=values).execute()
     after = version(spark, lake, table)
     assert after is not None
     return Change(inserted=0, updated=updated, deleted=0, version=after)
@@ -256,12 +265,16 @@ def _changes(df: DataFrame, old: DataFrame, table: Table, delete: bool) -> DataF
     return joined.withColumn(_OPERATION, operation).where(f"{_OPERATION} IS NOT NULL").select(*columns, _OPERATION)
 
 
+def _by(key: list[str]) -> str:
+    """SQL: whether a row of the target t and one of the changes c have the same key."""
+    return " AND ".join(f"t.{k} = c.{k}" for k in key)
+
+
 def _merge(target: DeltaTable, changes: DataFrame, key: list[str], names: list[str]) -> None:
-    on = " AND ".join(f"t.{k} = c.{k}" for k in key)
     values: dict[str, str | Column] = {name: f"c.{name}" for name in names}
     (
         target.alias("t")
-        .merge(changes.alias("c"), on)
+        .merge(changes.alias("c"), _by(key))
         .whenMatchedDelete(f"c.{_OPERATION} = 'delete'")
         .whenMatchedUpdate(f"c.{_OPERATION} = 'update'", set=values)
         .whenNotMatchedInsert(f"c.{_OPERATION} = 'insert'", values=values)

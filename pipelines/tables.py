@@ -42,6 +42,11 @@ def column(name: str, type_: pa.DataType, comment: str, *, nullable: bool = True
     return pa.field(name, type_, nullable=nullable, metadata={"comment": comment})
 
 
+def hash_version(digest: bytes) -> int:
+    """63 bits of a hash: what stands in ops.runs for the version of an input that is no table."""
+    return int.from_bytes(digest[:8]) >> 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class Table:
     """One Delta table: what it is called, what is in it, and the rules that Delta enforces on it."""

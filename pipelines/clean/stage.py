@@ -15,9 +15,10 @@ from pipelines.clean.batch import LICENSE_OUTPUT, OUTPUT, cleaner, license_batch
 from pipelines.clean.config import CleanConfig
 from pipelines.clean.licenses import LICENSE_FILE
 from pipelines.clean.verdicts import rejected_by
+from pipelines.columns import IS_CONTAMINATED
 from pipelines.errors import LakeError
 from pipelines.lake import StageResult, ensure, read, revise, sync, version
-from pipelines.tables import BRONZE_DOCUMENTS, CONTAMINATED, SILVER_DOCUMENTS
+from pipelines.tables import BRONZE_DOCUMENTS, SILVER_DOCUMENTS
 
 _COLUMNS = (
     "document_id",
@@ -36,7 +37,7 @@ get(filter(transform(sequence(size(split(source_id, '/')) - 1, 0),
            found -> found IS NOT NULL), 0)
 """
 # What decontaminate added to a document's verdicts.
-_FOUND = f"filter(rejected_by, name -> startswith(name, '{CONTAMINATED}'))"
+_FOUND = f"filter(rejected_by, name -> {IS_CONTAMINATED})"
 
 
 def licenses_by_source(bronze: DataFrame) -> DataFrame:

@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from pipelines.decontaminate.config import DecontaminateConfig
 from pipelines.errors import LakeError
+from pipelines.tables import hash_version
 
 ENDINGS = (".jsonl", ".jsonl.gz")
 # Items that are hashed at a time (characters), which bounds memory and makes no difference to the result.
@@ -125,4 +126,4 @@ def sets_input(sets: Sequence[EvaluationSet]) -> dict[str, int]:
     digest = hashlib.sha256()
     for one in sets:
         digest.update(f"{one.name}\0{hashlib.sha256(one.content).hexdigest()}\n".encode())
-    return {"sets": int(digest.hexdigest()[:16], 16) >> 1}
+    return {"sets": hash_version(digest.digest())}

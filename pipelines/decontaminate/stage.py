@@ -7,7 +7,7 @@ is taken back. Without sets nothing is done, and verdicts that are there stay.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pyarrow as pa
@@ -16,18 +16,16 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from pipelines import lake as tables_of
-from pipelines.batches import slices
-from pipelines.changes import Since, changes, keys, within
+from pipelines.batches import Batches, slices
+from pipelines.changes import Since, changes, keys, within, without
+from pipelines.columns import IS_CONTAMINATED
 from pipelines.decontaminate.config import DecontaminateConfig
 from pipelines.decontaminate.ngrams import Index, build, match
 from pipelines.decontaminate.sets import read_sets, sets_input
 from pipelines.lake import StageResult
 from pipelines.tables import CONTAMINATED, SILVER_DOCUMENTS
 
-Batches = Iterator[pa.RecordBatch]
-
 _MATCHES = "document_id string, rejected_by array<string>, contaminated array<string>, ngrams array<bigint>"
-_IS_OURS = f"startswith(name, '{CONTAMINATED}')"
 
 
 def run(
@@ -70,8 +68,8 @@ def to_look_at(silver: DataFrame, changed: DataFrame | None) -> DataFrame:
     """
     if changed is None:
         return silver
-    marked = silver.where(f"exists(rejected_by, name -> {_IS_OURS})")
-    return within(silver, changed).unionByName(marked.join(changed, "document_id", "left_anti"))
+    marked = silver.where(f"exists(rejected_by, name -> {IS_CONTAMINATED})")
+    return within(silver, changed).unionByName(without(marked, changed))
 
 
 def verdicts(documents: DataFrame, index: Broadcast[Index]) -> DataFrame:
@@ -82,8 +80,8 @@ def verdicts(documents: DataFrame, index: Broadcast[Index]) -> DataFrame:
     """
     read = documents.select("document_id", F.coalesce("rejected_by", F.array()).alias("rejected_by"), "text")
     matches = read.mapInArrow(match_batches(index), _MATCHES)
-    concerned = matches.where(f"size(contaminated) > 0 OR exists(rejected_by, name -> {_IS_OURS})")
-    others = f"filter(rejected_by, name -> NOT {_IS_OURS})"
+    concerned = matches.where(f"size(contaminated) > 0 OR exists(rejected_by, name -> {IS_CONTAMINATED})")
+    others = f"filter(rejected_by, name -> NOT {IS_CONTAMINATED})"
     ours = f"transform(contaminated, name -> concat('{CONTAMINATED}', name))"
     return concerned.withColumn("verdict", F.expr(f"concat({others}, {ours})"))
 

@@ -10,7 +10,7 @@ all of these; the clusters of the rest cannot differ (``scope``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pyarrow as pa
@@ -18,14 +18,13 @@ from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 
 from pipelines import lake as tables_of
+from pipelines.batches import Batches
 from pipelines.changes import Since, changes, keys, within
 from pipelines.dedup.components import connected_components
 from pipelines.dedup.config import DedupConfig
 from pipelines.dedup.shingles import lsh, shingle_sets
 from pipelines.lake import StageResult
 from pipelines.tables import SILVER_DOCUMENTS, SILVER_DUPLICATES, SILVER_MINHASH
-
-Batches = Iterator[pa.RecordBatch]
 
 
 def run(spark: SparkSession, lake: str, config: DedupConfig, *, run_id: str, since: Since = None) -> StageResult:

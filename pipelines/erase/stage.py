@@ -10,20 +10,18 @@ Left out: models that were trained on the documents.
 
 from __future__ import annotations
 
-from delta.tables import DeltaTable
 from pyspark.errors import AnalysisException, ParseException
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from pipelines.changes import keys, within
+from pipelines.changes import keys, within, without
+from pipelines.columns import hashed
 from pipelines.erase.config import EraseConfig
 from pipelines.errors import LakeError
-from pipelines.lake import ensure, exists, read, sync, version
+from pipelines.lake import delete, ensure, exists, read, revise, sync, version
 from pipelines.sql import literals
 from pipelines.tables import BRONZE_DOCUMENTS, BRONZE_QUARANTINE, OPS_ERASURES, TABLES, Table
 
-# As ingest makes a document_id of a record's source and id, quarantined records included.
-_DOCUMENT_ID = "sha2(concat(source, '\\0', source_id), 256)"
 _VERSIONS = "array<struct<table: string, version: bigint>>"
 
 
@@ -35,10 +33,8 @@ def request(spark: SparkSession, lake: str, config: EraseConfig) -> dict[str, in
     for table in (OPS_ERASURES, BRONZE_QUARANTINE):
         ensure(spark, lake, table)
     wanted = keys(selected(spark, lake, config))
-    erasures = read(spark, lake, OPS_ERASURES)
-    pending = erasures.where("completed_at IS NULL").select("document_id")
     assert wanted is not None
-    new = wanted.join(pending, "document_id", "left_anti").select(
+    new = without(wanted, pending(spark, lake).select("document_id")).select(
         "document_id",
         F.current_timestamp().alias("requested_at"),
         F.lit(config.reason).alias("reason"),
@@ -46,18 +42,24 @@ def request(spark: SparkSession, lake: str, config: EraseConfig) -> dict[str, in
         F.lit(None).cast(_VERSIONS).alias("table_versions"),
     )
     requested = sync(spark, lake, OPS_ERASURES, new.localCheckpoint(), delete=False).inserted
-    ids = keys(read(spark, lake, OPS_ERASURES).where("completed_at IS NULL"))
-    assert ids is not None
+    ids = keys(pending(spark, lake))
     counts = {"requested": requested}
-    for table, key in ((BRONZE_QUARANTINE, _DOCUMENT_ID), (BRONZE_DOCUMENTS, "document_id")):
-        rows = read(spark, lake, table).withColumn("__id", F.expr(key))
-        found = within(rows, ids, "__id").select(*table.key).localCheckpoint()
-        counts[f"deleted.{table.name}"] = found.count()
-        if counts[f"deleted.{table.name}"]:
-            on = " AND ".join(f"t.{k} = c.{k}" for k in table.key)
-            target = DeltaTable.forPath(spark, table.uri(lake)).alias("t")
-            target.merge(found.alias("c"), on).whenMatchedDelete().execute()
+    for table in (BRONZE_QUARANTINE, BRONZE_DOCUMENTS):
+        held = within(read(spark, lake, table).withColumn("__id", _document_id(table)), ids, "__id")
+        counts[f"deleted.{table.name}"] = delete(spark, lake, table, held)
     return counts
+
+
+def pending(spark: SparkSession, lake: str) -> DataFrame:
+    """Rows of ops.erasures that are asked for and not completed."""
+    return read(spark, lake, OPS_ERASURES).where("completed_at IS NULL")
+
+
+def _document_id(table: Table) -> Column:
+    """A row's document_id; a quarantined record has the one that it would have as a document."""
+    if "document_id" in table.schema.names:
+        return F.col("document_id")
+    return hashed(F.col("source"), F.col("source_id"))
 
 
 def selected(spark: SparkSession, lake: str, config: EraseConfig) -> DataFrame:
@@ -66,21 +68,21 @@ def selected(spark: SparkSession, lake: str, config: EraseConfig) -> DataFrame:
     if config.document_id:
         asked = spark.createDataFrame([(i,) for i in dict.fromkeys(config.document_id)], "document_id string")
         known = bronze.select("document_id").union(read(spark, lake, OPS_ERASURES).select("document_id"))
-        unknown = asked.join(known, "document_id", "left_anti").first()
+        unknown = without(asked, known).first()
         if unknown:
             raise LakeError(f"There is no document {unknown[0]} in {lake}: check the id, or erase by --where.", 2)
         return asked
     if config.source:
         condition = f"source IN ({literals(config.source)})"
-        records = read(spark, lake, BRONZE_QUARANTINE).where(condition).selectExpr(f"{_DOCUMENT_ID} AS document_id")
-        found = bronze.where(condition).select("document_id").union(records)
+        records = read(spark, lake, BRONZE_QUARANTINE).where(condition)
+        found = bronze.where(condition).select("document_id").union(records.select(_document_id(BRONZE_QUARANTINE)))
     else:
         try:
             found = bronze.where(config.where).select("document_id")
         except (AnalysisException, ParseException) as error:
             words = next(line for line in str(error).splitlines() if line.strip())
             raise LakeError(f"--where {config.where!r} is no condition on bronze.documents: {words}", 2) from error
-    if found.isEmpty() and read(spark, lake, OPS_ERASURES).where("completed_at IS NULL").isEmpty():
+    if found.isEmpty() and pending(spark, lake).isEmpty():
         raise LakeError(f"Nothing in {lake} matches: no document was erased; check the name or the condition.", 2)
     return found
 
@@ -90,7 +92,7 @@ def complete(spark: SparkSession, lake: str) -> dict[str, int]:
 
     Raises LakeError (exit code 75) that names the table which still holds one.
     """
-    ids = keys(read(spark, lake, OPS_ERASURES).where("completed_at IS NULL"))
+    ids = keys(pending(spark, lake))
     versions = {}
     for table in TABLES.values():
         if table.name.startswith("ops.") or not exists(spark, lake, table):
@@ -105,18 +107,16 @@ def complete(spark: SparkSession, lake: str) -> dict[str, int]:
             )
         versions[table.name] = at
     proof = F.array(*(F.struct(F.lit(n).alias("table"), F.lit(v).alias("version")) for n, v in versions.items()))
-    done = read(spark, lake, OPS_ERASURES).where("completed_at IS NULL")
-    done = done.withColumns({"completed_at": F.current_timestamp(), "table_versions": proof.cast(_VERSIONS)})
-    sync(spark, lake, OPS_ERASURES, done.localCheckpoint(), delete=False)
+    values = {"completed_at": F.current_timestamp(), "table_versions": proof.cast(_VERSIONS)}
+    revise(spark, lake, OPS_ERASURES, pending(spark, lake).select(*OPS_ERASURES.key).withColumns(values))
     return versions
 
 
 def documents_of(rows: DataFrame, table: Table) -> DataFrame:
     """document_id of every document that the table's rows hold or speak of."""
-    names = table.schema.names
-    if "document_ids" in names:
+    if "document_ids" in table.schema.names:
         return rows.select(F.explode("document_ids").alias("document_id"))
-    return rows.select("document_id" if "document_id" in names else F.expr(_DOCUMENT_ID).alias("document_id"))
+    return rows.select(_document_id(table).alias("document_id"))
 
 
 def restore(spark: SparkSession, lake: str, config: EraseConfig) -> int:
@@ -125,12 +125,7 @@ def restore(spark: SparkSession, lake: str, config: EraseConfig) -> int:
     Raises LakeError (exit code 2) when none of them was erased.
     """
     ensure(spark, lake, OPS_ERASURES)
-    rows = read(spark, lake, OPS_ERASURES)
-    found = rows.where(f"document_id IN ({literals(config.document_id)})").select(*OPS_ERASURES.key).localCheckpoint()
-    if not (count := found.count()):
+    rows = read(spark, lake, OPS_ERASURES).where(f"document_id IN ({literals(config.document_id)})")
+    if not (count := delete(spark, lake, OPS_ERASURES, rows)):
         raise LakeError(f"None of these documents was erased in {lake}: ops.erasures has the ids.", 2)
-    on = " AND ".join(f"t.{k} = c.{k}" for k in OPS_ERASURES.key)
-    DeltaTable.forPath(spark, OPS_ERASURES.uri(lake)).alias("t").merge(
-        found.alias("c"), on
-    ).whenMatchedDelete().execute()
     return count

@@ -24,6 +24,7 @@ import pyarrow as pa
 from pipelines.errors import LakeError
 from pipelines.ingest.config import SourceConfig, is_saved_data_set
 from pipelines.ingest.rows import ROWS, first_line
+from pipelines.tables import hash_version
 
 PART_ROWS = 8192
 PART_BYTES = 32 * 1024 * 1024  # what a part is taken to hold: nobody knows before it is read
@@ -99,8 +100,8 @@ def version_of(source: SourceConfig, revision: str) -> int | None:
     """63 bits that tell a revision of the hub, and what is taken of it; None where there is no revision."""
     if not revision:
         return None
-    digest = hashlib.sha256("\0".join((source.path, source.config, source.split, revision)).encode())
-    return int.from_bytes(digest.digest()[:8]) >> 1
+    named = "\0".join((source.path, source.config, source.split, revision))
+    return hash_version(hashlib.sha256(named.encode()).digest())
 
 
 def _saved(library: ModuleType, source: SourceConfig) -> dict[str, Any]:

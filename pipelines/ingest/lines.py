@@ -25,8 +25,11 @@ class Broken(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
-    """A line without its newline. size: its length in bytes, of which `data` holds all, or the first 64 KiB."""
+class Block:
+    """The bytes of a line without its newline, or of an archive's record with its header.
+
+    size: their number, of which `data` holds all, or the first 64 KiB.
+    """
 
     number: int
     data: bytes
@@ -46,12 +49,12 @@ def read_chunks(stream: BinaryIO) -> Iterator[bytes]:
         yield chunk
 
 
-def split_lines(chunks: Iterator[bytes], max_bytes: int) -> Iterator[Line]:
+def split_lines(chunks: Iterator[bytes], max_bytes: int) -> Iterator[Block]:
     """Lines numbered from 1; the last needs no newline. Never holds more than `max_bytes` and a chunk."""
     number, size, held = 1, 0, bytearray()
 
-    def line(problem: Broken | None = None) -> Line:
-        return Line(number, bytes(held if size <= max_bytes else held[:RAW_BYTES]), size, problem)
+    def line(problem: Broken | None = None) -> Block:
+        return Block(number, bytes(held if size <= max_bytes else held[:RAW_BYTES]), size, problem)
 
     try:
         for chunk in chunks:

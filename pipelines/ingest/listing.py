@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 from pipelines.errors import LakeError
 from pipelines.ingest.config import Format, IngestConfig, SourceConfig, format_of, glob_base, is_glob
 from pipelines.ingest.languages import extension
+from pipelines.tables import hash_version
 
 if TYPE_CHECKING:
     from pipelines.ingest.hugging_face import DataSet
@@ -97,7 +98,7 @@ class Listing:
         digest = hashlib.sha256(repr((self.folders, self.skipped)).encode())
         for entry in self.entries:
             digest.update(repr((entry.raw_path, entry.format, entry.size, entry.problem, entry.changed_ns)).encode())
-        return int.from_bytes(digest.digest()[:8]) >> 1
+        return hash_version(digest.digest())
 
 
 def printable(path: str) -> str:

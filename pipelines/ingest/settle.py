@@ -15,9 +15,10 @@ from __future__ import annotations
 
 from itertools import islice
 
-from pyspark.sql import Column, DataFrame
+from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
+from pipelines.columns import hashed
 from pipelines.errors import LakeError
 from pipelines.ingest.lines import RAW_BYTES
 from pipelines.ingest.tasks import RECORDS
@@ -53,21 +54,13 @@ def settle(records: DataFrame) -> DataFrame:
     known_by = F.when(later, F.col("location")).otherwise(F.col("source_id"))
     words = F.concat(F.lit("the id "), F.col("source_id"), F.lit(" is that of "), F.col("first.location"))
     return records.join(shared, "document_id", "left").select(
-        _id(F.col("source"), known_by).alias("document_id"),
+        hashed(F.col("source"), known_by).alias("document_id"),
         known_by.alias("source_id"),
         F.when(duplicate, F.lit("duplicate_id")).otherwise(F.col("reason")).alias("reason"),
         F.when(duplicate, words).otherwise(F.col("detail")).alias("detail"),
         F.when(duplicate, F.substring(F.encode("content", "UTF-8"), 1, RAW_BYTES)).otherwise(F.col("raw")).alias("raw"),
         *[n for n in RECORDS.names if n not in ("document_id", "source_id", "reason", "detail", "raw")],
     )
-
-
-def _id(*parts: Column) -> Column:
-    """sha256 of the parts, NUL between them, in hexadecimal."""
-    joined: list[Column] = []
-    for part in parts:
-        joined += [F.lit("\0"), part]
-    return F.sha2(F.concat(*joined[1:]), 256)
 
 
 def without_erased(settled: DataFrame, erased: DataFrame) -> DataFrame:
@@ -112,7 +105,7 @@ def documents_of(settled: DataFrame, run_id: str) -> DataFrame:
 
 def quarantine_of(settled: DataFrame, run_id: str) -> DataFrame:
     columns = {
-        "quarantine_id": _id(F.col("source"), F.col("source_id"), F.col("reason")),
+        "quarantine_id": hashed(F.col("source"), F.col("source_id"), F.col("reason")),
         "run_id": F.lit(run_id),
         "at": F.current_timestamp(),
     }

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 from pyspark.sql import DataFrame, SparkSession
 
+from pipelines.batches import Batches
 from pipelines.ingest.config import SourceConfig
 from pipelines.ingest.lines import RAW_BYTES
 from pipelines.ingest.listing import Entry
@@ -65,7 +66,6 @@ RECORDS = pa.schema(
 _BATCH_BYTES = 8 * 1024 * 1024
 _BATCH_ROWS = 1024
 _TASK_BYTES = 32 * 1024 * 1024
-Batches = Iterator[pa.RecordBatch]
 
 
 def spread(spark: SparkSession, entries: list[Entry]) -> DataFrame:

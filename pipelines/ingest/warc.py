@@ -22,7 +22,7 @@ from fastwarc.warc import WarcRecord
 from resiliparse.extract.html2text import extract_plain_text
 from resiliparse.parse.encoding import detect_encoding, map_encoding_to_html5
 
-from pipelines.ingest.lines import RAW_BYTES, Broken
+from pipelines.ingest.lines import RAW_BYTES, Block, Broken
 from pipelines.ingest.records import Rejected
 
 HTML = ("text/html", "application/xhtml+xml")
@@ -47,16 +47,6 @@ _LENGTH = re.compile(rb"^content-length:[ \t]*([0-9]{1,15})[ \t]*\r$", re.IGNORE
 _META_CHARSET = re.compile(rb"""<meta[^>]{0,256}?charset\s*=\s*["']?\s*([\w.:-]{2,40})""", re.IGNORECASE)
 _CHARSET = re.compile(r"""charset\s*=\s*["']?\s*([\w.:-]{2,40})""", re.IGNORECASE)
 _META_BYTES = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """One record's bytes, header and content. size: their number, of which `data` holds all, or the first 64 KiB."""
-
-    number: int
-    data: bytes
-    size: int
-    problem: Broken | None = None
 
 
 @dataclass(frozen=True, slots=True)

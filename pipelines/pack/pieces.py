@@ -9,13 +9,14 @@ from the rest of its document, and a stored sequence does not tell it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pyarrow as pa
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
+from pipelines.batches import Batches
 from pipelines.pack.config import PackConfig
 from pipelines.pack.fim import FillInTheMiddle
 from pipelines.pack.packing import cut
@@ -23,7 +24,6 @@ from pipelines.pack.packing import cut
 PIECES = "document_id string, split string, domain string, offset int, length int, tokens binary"
 _NAMES = ["document_id", "split", "domain", "offset", "length", "tokens"]
 _TYPES = [pa.string(), pa.string(), pa.string(), pa.int32(), pa.int32(), pa.binary()]
-Batches = Iterator[pa.RecordBatch]
 
 
 def pieces_of_documents(

@@ -13,6 +13,7 @@ from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from pipelines import lake as tables_of
+from pipelines.columns import draw
 from pipelines.pack.config import PackConfig
 from pipelines.pack.packing import Part, best_fit, concat
 from pipelines.tables import GOLD_SEQUENCES
@@ -20,7 +21,6 @@ from pipelines.tables import GOLD_SEQUENCES
 # A group has at least this many sequences, so that its last, half empty ones weigh little.
 SEQUENCES_A_GROUP = 128
 _BATCH = 1024
-_HASH_DIGITS = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +75,8 @@ class Edition:
         groups = drawn.groupBy("split", "domain").agg(
             F.least(F.lit(config.groups), F.ceil(F.sum("length") / enough)).cast("int").alias("groups")
         )
-        number = F.conv(F.substring("draw", 1, _HASH_DIGITS), 16, 10).cast("bigint")
-        dealt = drawn.join(F.broadcast(groups), ["split", "domain"]).withColumn("group", number % F.col("groups"))
+        dealt = drawn.join(F.broadcast(groups), ["split", "domain"])
+        dealt = dealt.withColumn("group", draw(F.col("draw")) % F.col("groups"))
         return dealt.groupBy("split", "domain", "group").applyInArrow(
             self.group_function(), tables_of.spark_schema(GOLD_SEQUENCES.schema)
         )

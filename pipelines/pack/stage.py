@@ -14,7 +14,7 @@ from pyspark.sql import functions as F
 from tokenizers import Tokenizer
 
 from pipelines import lake as tables_of
-from pipelines.changes import Since, changes, keys, within
+from pipelines.changes import Since, changes, keys, within, without
 from pipelines.errors import LakeError
 from pipelines.lake import StageResult
 from pipelines.pack.config import PackConfig
@@ -99,10 +99,9 @@ def arrange(wanted: DataFrame, stored: DataFrame, changed: DataFrame | None) -> 
     unwanted = within(held, changed).join(tails.select(*what), what, "left_anti")
     stale = keys(unwanted, "sequence_id")
     assert stale is not None
-    stays = held.join(stale.withColumnRenamed("document_id", "sequence_id"), "sequence_id", "left_anti")
-    loose = tails.join(stays.select("document_id"), "document_id", "left_anti")
+    loose = without(tails, without(held, stale, "sequence_id").select("document_id"))
     if changed is not None:
-        others = within(held, stale, "sequence_id").join(changed, "document_id", "left_anti")
+        others = without(within(held, stale, "sequence_id"), changed)
         loose = loose.unionByName(others.drop("sequence_id"))
     whole = looked_at.where("segment_lengths[0] = sequence_length").select("sequence_id")
     return loose, keys(whole.union(stale), "sequence_id")

@@ -7,7 +7,7 @@ A run after the first encodes the documents of which silver.documents or silver.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pyarrow as pa
@@ -16,16 +16,16 @@ from pyspark.sql import functions as F
 from tokenizers import Tokenizer
 
 from pipelines import lake as tables_of
+from pipelines.batches import Batches
 from pipelines.changes import Since, changes, keys, within
+from pipelines.columns import HASH_DIGITS, draw
 from pipelines.lake import StageResult
 from pipelines.tables import GOLD_TOKENS, SILVER_DOCUMENTS, SILVER_DUPLICATES
 from pipelines.tokenize.config import TokenizeConfig
 from pipelines.tokenize.train import chosen_tokenizer, kept_documents, tokenizer_input, tokenizer_json
 
-Batches = Iterator[pa.RecordBatch]
 # Texts that are encoded at a time (characters): encodings, far larger than their tokens, are held together.
 SLICE = 1 << 20
-_HASH_DIGITS = 12
 
 
 def run(spark: SparkSession, lake: str, config: TokenizeConfig, *, run_id: str, since: Since = None) -> StageResult:
@@ -69,9 +69,9 @@ def run(spark: SparkSession, lake: str, config: TokenizeConfig, *, run_id: str, 
 
 def split(cluster: Column, validation_fraction: float) -> Column:
     """train or validation by the hash of the cluster's id: near-duplicates never straddle the two."""
-    bound = round(validation_fraction * 16**_HASH_DIGITS)
-    draw = F.conv(F.substring(F.sha2(F.concat(F.lit("split/"), cluster), 256), 1, _HASH_DIGITS), 16, 10).cast("bigint")
-    return F.when(draw < bound, "validation").otherwise("train")
+    bound = round(validation_fraction * 16**HASH_DIGITS)
+    drawn = draw(F.sha2(F.concat(F.lit("split/"), cluster), 256))
+    return F.when(drawn < bound, "validation").otherwise("train")
 
 
 def encode_batches(tokenizer: str) -> Callable[[Batches], Batches]:

@@ -22,7 +22,7 @@ from pipelines import lake as tables_of
 from pipelines.changes import Since
 from pipelines.errors import LakeError
 from pipelines.lake import StageResult
-from pipelines.tables import SILVER_DOCUMENTS, SILVER_DUPLICATES, SPECIAL_TOKENS, tokenizer_uri
+from pipelines.tables import SILVER_DOCUMENTS, SILVER_DUPLICATES, SPECIAL_TOKENS, hash_version, tokenizer_uri
 from pipelines.tokenize.config import TrainTokenizerConfig
 
 # cl100k_base's pattern (tiktoken, openai_public.py) without possessive quantifiers: words with one leading mark, digits
@@ -152,7 +152,7 @@ def chosen_tokenizer(lake: str, asked: str | None) -> str:
 
 def tokenizer_input(tokenizer_id: str) -> dict[str, int]:
     """How a run's record names the tokenizer that it read, as it names tables at versions: 63 bits of its id."""
-    return {"tokenizer": int(tokenizer_id[:16], 16) >> 1}
+    return {"tokenizer": hash_version(bytes.fromhex(tokenizer_id))}
 
 
 def tokenizer_json(lake: str, tokenizer_id: str) -> str:
