@@ -83,8 +83,8 @@ def ensure(spark: SparkSession, lake: str, table: Table) -> None:
     uri = table.uri(lake)
     wanted = spark_schema(table.schema)
     if exists(spark, lake, table):
-        found = set(spark.read.format("delta").load(uri).columns)
-        if missing := [name for name in wanted.names if name not in found]:
+        found = set(_fields(spark.read.format("delta").load(uri).schema))
+        if missing := [name for name in _fields(wanted) if name not in found]:
             raise LakeError(
                 f"{table.name} at {uri} has no column {missing[0]!r}: it was written by another version of lakemoe; "
                 "use the version that wrote it, or another --lake."
@@ -99,6 +99,14 @@ def ensure(spark: SparkSession, lake: str, table: Table) -> None:
         builder = builder.partitionedBy(*table.partition_by)
     builder.execute()
     _add_constraints(spark, lake, table)
+
+
+def _fields(schema: StructType, prefix: str = "") -> Iterator[str]:
+    """The columns' names, and by dotted names what structs hold."""
+    for one in schema.fields:
+        yield prefix + one.name
+        if isinstance(one.dataType, StructType):
+            yield from _fields(one.dataType, f"{prefix}{one.name}.")
 
 
 def _remove_log_without_commit(spark: SparkSession, uri: str) -> None:

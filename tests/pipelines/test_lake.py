@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from pyspark.sql import SparkSession
 
 from pipelines import lake as lakes
 from pipelines.errors import LakeError
-from pipelines.tables import SILVER_DUPLICATES, TABLES
+from pipelines.tables import SIGNALS, SILVER_DOCUMENTS, SILVER_DUPLICATES, TABLES
 
 SCHEMA = "document_id string, cluster_id string, method string, similarity double, kept boolean"
 
@@ -53,6 +55,15 @@ def test_sync_leaves_rows_outside_the_scope(spark: SparkSession, lake: str) -> N
 def test_a_missing_table_is_named(spark: SparkSession, lake: str) -> None:
     with pytest.raises(LakeError, match=r"silver.duplicates is not in"):
         lakes.read(spark, lake, SILVER_DUPLICATES)
+
+
+def test_a_table_of_another_version_is_named(spark: SparkSession, lake: str) -> None:
+    at = SILVER_DOCUMENTS.schema.get_field_index("signals")
+    fewer = pa.field("signals", pa.struct([SIGNALS.field(i) for i in range(SIGNALS.num_fields - 1)]))
+    lakes.ensure(spark, lake, replace(SILVER_DOCUMENTS, schema=SILVER_DOCUMENTS.schema.set(at, fewer)))
+    last = SIGNALS.field(SIGNALS.num_fields - 1).name
+    with pytest.raises(LakeError, match=rf"silver.documents at .* has no column 'signals.{last}'"):
+        lakes.ensure(spark, lake, SILVER_DOCUMENTS)
 
 
 def test_a_kill_before_the_first_commit_leaves_nothing_in_the_way(spark: SparkSession, lake: str) -> None:
