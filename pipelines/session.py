@@ -21,6 +21,10 @@ from pyspark.sql import SparkSession
 from pipelines.errors import LakeError
 from pipelines.java import java_home
 
+# What Spark generates for its queries fills the default code cache (240 MB) of a session that lives long, and a JVM
+# that must throw out code is several times slower.
+_JAVA_OPTIONS = "-XX:ReservedCodeCacheSize=512m -Dlog4j2.level=ERROR -Divy.message.logger.level=0"
+
 
 def spark_session(
     app_name: str = "lakemoe", *, memory: str = "2g", shuffle_partitions: int | None = None
@@ -65,9 +69,15 @@ def spark_session(
         .config("spark.ui.retainedJobs", "100")
         .config("spark.ui.retainedStages", "100")
         .config("spark.ui.retainedTasks", "2000")
+        # By default a 16th of a core's memory, in which a join's table of ten rows takes as much as one of a million: a
+        # query with some twenty joins is then out of memory.
+        .config("spark.buffer.pageSize", "2m")
         .config("spark.sql.sources.parallelPartitionDiscovery.parallelism", "2")
         .config("spark.sql.adaptive.coalescePartitions.enabled", "true")
-        .config("spark.driver.extraJavaOptions", "-Dlog4j2.level=ERROR -Divy.message.logger.level=0")
+        .config(
+            "spark.driver.extraJavaOptions",
+            "-XX:ReservedCodeCacheSize=512m -Dlog4j2.level=ERROR -Divy.message.logger.level=0",
+        )
         .config("spark.log.level", "ERROR")
     )
     with _standard_error_in_file() as log:
