@@ -196,7 +196,8 @@ def read_page(data: bytes, max_bytes: int) -> Page | Rejected | None:
         return Rejected("corrupt_record", f"WARC: {error}"[:500], head)
     declared = header.get("content-type", "")
     if http:
-        status = record.http_headers.status_code
+        # None where the archive's own content type is damaged behind its start, so that no HTTP was looked for.
+        status = None if record.http_headers is None else record.http_headers.status_code
         if status is None:
             return Rejected("corrupt_record", "WARC: the HTTP message has no status", head)
         if not 200 <= status < 300:

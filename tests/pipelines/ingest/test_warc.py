@@ -196,6 +196,12 @@ def test_contents(content: bytes, wanted: str) -> None:
     assert got == wanted
 
 
+def test_a_damaged_content_type_is_told() -> None:
+    page = read_page(record(1, http(b"a"), "response", Content_Type="application/http\0 msgtype=response")[:-4], LIMIT)
+    assert isinstance(page, Rejected)
+    assert page.reason == "corrupt_record"
+
+
 def test_a_wet_text_is_utf8_or_nothing() -> None:
     page = read_page(record(1, b"caf\xe9")[:-4], LIMIT)
     assert isinstance(page, Rejected)
