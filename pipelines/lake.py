@@ -8,10 +8,12 @@ carries its run's id as ``userMetadata`` (``committing``), so that a table's his
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import reduce
+from typing import Any
 
 import pyarrow as pa
 from delta.tables import DeltaTable
@@ -72,7 +74,19 @@ def spark_schema(schema: pa.Schema) -> StructType:
 
 def exists(spark: SparkSession, lake: str, table: Table) -> bool:
     """Whether the table is there."""
-    return bool(DeltaTable.isDeltaTable(spark, table.uri(lake)))
+    return version(spark, lake, table) is not None
+
+
+def version(spark: SparkSession, lake: str, table: Table) -> int | None:
+    """The table's newest version; None where the table is absent.
+
+    Asked of its log's file names (Delta protocol, "Delta Log Entries"): the history is a query of a tenth of a second,
+    and a stage asks some ten times.
+    """
+    log, files = _log(spark, table.uri(lake))
+    pattern = re.sub(r"[]\\[{}*?]", r"\\\g<0>", log.toString()) + "/" + "[0-9]" * 20 + ".json"
+    commits = files.globStatus(_path(spark, pattern))
+    return int(commits[len(commits) - 1].getPath().getName().removesuffix(".json")) if commits else None
 
 
 def ensure(spark: SparkSession, lake: str, table: Table) -> None:
@@ -89,16 +103,19 @@ def ensure(spark: SparkSession, lake: str, table: Table) -> None:
                 f"{table.name} at {uri} has no column {missing[0]!r}: it was written by another version of lakemoe; "
                 "use the version that wrote it, or another --lake."
             )
-        _add_constraints(spark, lake, table)
         return
-    _remove_log_without_commit(spark, uri)
+    # A kill between making the log and its first commit leaves a folder in which Delta cannot create.
+    log, files = _log(spark, uri)
+    files.delete(log, True)
     builder = DeltaTable.createIfNotExists(spark).location(uri).addColumns(wanted).comment(table.comment)
     for key, value in table.table_properties.items():
         builder = builder.property(key, value)
+    # So they are there from the first commit; ALTER TABLE would be a second one, and read the table for it.
+    for name, condition in table.constraints.items():
+        builder = builder.property(f"delta.constraints.{name}", condition)
     if table.partition_by:
         builder = builder.partitionedBy(*table.partition_by)
     builder.execute()
-    _add_constraints(spark, lake, table)
 
 
 def _fields(schema: StructType, prefix: str = "") -> Iterator[str]:
@@ -109,32 +126,15 @@ def _fields(schema: StructType, prefix: str = "") -> Iterator[str]:
             yield from _fields(one.dataType, f"{prefix}{one.name}.")
 
 
-def _remove_log_without_commit(spark: SparkSession, uri: str) -> None:
-    """Remove the folder that a kill left between making the log and its first commit: Delta cannot create there."""
-    jvm, context = spark._jvm, spark.sparkContext
-    assert jvm is not None
-    log = jvm.org.apache.hadoop.fs.Path(f"{uri}/_delta_log")
-    files = log.getFileSystem(context._jsc.hadoopConfiguration())
-    if files.exists(log) and not any(s.getPath().getName().endswith(".json") for s in files.listStatus(log)):
-        files.delete(log, True)
+def _path(spark: SparkSession, text: str) -> Any:
+    assert spark._jvm is not None
+    return spark._jvm.org.apache.hadoop.fs.Path(text)
 
 
-def _add_constraints(spark: SparkSession, lake: str, table: Table) -> None:
-    """Add the CHECK constraints that are not there yet (a run may have been killed between create and here)."""
-    uri = table.uri(lake)
-    there = DeltaTable.forPath(spark, uri).detail().select("properties").first()
-    properties = dict(there[0]) if there else {}
-    for name, condition in table.constraints.items():
-        if f"delta.constraints.{name}" not in properties:
-            spark.sql(f"ALTER TABLE delta.`{uri}` ADD CONSTRAINT {name} CHECK ({condition})")
-
-
-def version(spark: SparkSession, lake: str, table: Table) -> int | None:
-    """The table's newest version; None where the table is absent."""
-    if not exists(spark, lake, table):
-        return None
-    row = DeltaTable.forPath(spark, table.uri(lake)).history(1).select("version").first()
-    return int(row[0]) if row else None
+def _log(spark: SparkSession, uri: str) -> tuple[Any, Any]:
+    """Hadoop's path of a table's log, and the file system that it is on."""
+    path = _path(spark, f"{uri}/_delta_log")
+    return path, path.getFileSystem(spark.sparkContext._jsc.hadoopConfiguration())
 
 
 def read(spark: SparkSession, lake: str, table: Table, version: int | None = None) -> DataFrame:
@@ -201,7 +201,7 @@ def sync(
                 counted = {row[0]: int(row[1]) for row in changes.groupBy(_OPERATION).count().toLocalIterator()}
             if counted:
                 with _described(spark, f"write {table.name}"):
-                    _merge(target, changes, key, names)
+                    _merge(target, changes, key, names, counted)
         finally:
             changes.unpersist()
     finally:
@@ -278,13 +278,16 @@ def _by(key: list[str]) -> str:
     return " AND ".join(f"t.{k} = c.{k}" for k in key)
 
 
-def _merge(target: DeltaTable, changes: DataFrame, key: list[str], names: list[str]) -> None:
+def _merge(
+    target: DeltaTable, changes: DataFrame, key: list[str], names: list[str], operations: Collection[str]
+) -> None:
+    """Write the changes. Only the clauses that they need are named: where all are inserts, Delta joins once."""
     values: dict[str, str | Column] = {name: f"c.{name}" for name in names}
-    (
-        target.alias("t")
-        .merge(changes.alias("c"), _by(key))
-        .whenMatchedDelete(f"c.{_OPERATION} = 'delete'")
-        .whenMatchedUpdate(f"c.{_OPERATION} = 'update'", set=values)
-        .whenNotMatchedInsert(f"c.{_OPERATION} = 'insert'", values=values)
-        .execute()
-    )
+    merge = target.alias("t").merge(changes.alias("c"), _by(key))
+    if "delete" in operations:
+        merge = merge.whenMatchedDelete(f"c.{_OPERATION} = 'delete'")
+    if "update" in operations:
+        merge = merge.whenMatchedUpdate(f"c.{_OPERATION} = 'update'", set=values)
+    if "insert" in operations:
+        merge = merge.whenNotMatchedInsert(f"c.{_OPERATION} = 'insert'", values=values)
+    merge.execute()

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from py4j.protocol import Py4JJavaError
 from pyspark.sql import SparkSession
 
 from pipelines import lake as lakes
 from pipelines.errors import LakeError
-from pipelines.tables import SIGNALS, SILVER_DOCUMENTS, SILVER_DUPLICATES, TABLES
+from pipelines.tables import GOLD_TOKENS, SIGNALS, SILVER_DOCUMENTS, SILVER_DUPLICATES, TABLES
 
 SCHEMA = "document_id string, cluster_id string, method string, similarity double, kept boolean"
 
@@ -52,6 +53,22 @@ def test_sync_leaves_rows_outside_the_scope(spark: SparkSession, lake: str) -> N
     assert lakes.sync(spark, lake, table, empty, scope="method = 'near'").deleted == 1
 
 
+def test_a_value_outside_the_contract_is_not_written(spark: SparkSession, lake: str) -> None:
+    lakes.ensure(spark, lake, GOLD_TOKENS)
+    schema = lakes.spark_schema(GOLD_TOKENS.schema)
+    row = {**dict.fromkeys(schema.names), "document_id": "a", "tokenizer_id": "t", "kind": "text", "split": "train"}
+    row |= {"source": "s", "token_count": 0, "tokens": b""}
+    lakes.sync(spark, lake, GOLD_TOKENS, spark.createDataFrame([row], schema))
+    with pytest.raises(Py4JJavaError, match="CHECK constraint"):
+        lakes.sync(
+            spark,
+            lake,
+            GOLD_TOKENS,
+            spark.createDataFrame([row | {"split": "test"}, row | {"document_id": "b"}], schema),
+        )
+    assert [r["split"] for r in lakes.read(spark, lake, GOLD_TOKENS).collect()] == ["train"]
+
+
 def test_a_missing_table_is_named(spark: SparkSession, lake: str) -> None:
     with pytest.raises(LakeError, match=r"silver.duplicates is not in"):
         lakes.read(spark, lake, SILVER_DUPLICATES)
@@ -73,7 +90,7 @@ def test_a_kill_before_the_first_commit_leaves_nothing_in_the_way(spark: SparkSe
     assert lakes.version(spark, lake, SILVER_DUPLICATES) is not None
 
 
-@pytest.mark.parametrize("name", ["./lake", "lake", "a b/lake"])
+@pytest.mark.parametrize("name", ["./lake", "a b/lake", "[1]{2}/la*k?e^"])
 def test_a_lake_may_be_a_relative_path(
     spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
