@@ -45,14 +45,16 @@ class Ragged:
 
 def hash_words(texts: pa.Array) -> Ragged:
     """The hash of every word of every text, in order; texts: large_string, words between Unicode white space."""
-    split = pc.utf8_split_whitespace(texts)
+    # pyarrow (25.0) reads a byte beyond its buffer where the last text ends in white space, and where that is garbage
+    # takes the white space for a word (apache/arrow#37757).
+    split = pc.utf8_split_whitespace(pc.utf8_rtrim_whitespace(texts))
     words = split.flatten().dictionary_encode()
     # Each distinct word is hashed once; pandas' string hash is keyed by a constant, unlike Python's.
     distinct = pd.util.hash_array(words.dictionary.to_numpy(zero_copy_only=False).astype(object), categorize=False)
     distinct = mix(distinct.astype(np.uint64))
     codes = words.indices.to_numpy()
     hashes = distinct[codes] if len(codes) else np.empty(0, np.uint64)
-    # White space at either end of a text gives an empty word there.
+    # White space at the beginning of a text gives an empty word there, and so does a text without words.
     empty = pc.equal(words.dictionary, "").to_numpy(zero_copy_only=False)
     real = ~empty[codes] if len(codes) else np.empty(0, bool)
     before = np.concatenate([[0], np.cumsum(real)]).astype(np.int64)
