@@ -17,7 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 from delta.tables import DeltaTable
-from pyspark.sql import Column, DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.pandas.types import from_arrow_schema
 from pyspark.sql.types import MapType, StructField, StructType
@@ -29,6 +29,7 @@ from pipelines.tables import Table
 # Who wrote a row and when is no part of what the row says.
 NOT_COMPARED = ("run_id", "ingested_at", "at")
 _OPERATION = "__operation"
+_FEW = 10_000
 _DESCRIPTION = "spark.job.description"
 _USER_METADATA = "spark.databricks.delta.commitInfo.userMetadata"
 
@@ -150,6 +151,14 @@ def read(spark: SparkSession, lake: str, table: Table, version: int | None = Non
     return reader.load(table.uri(lake))
 
 
+def few(frame: DataFrame) -> list[Row]:
+    """The rows of an aggregate that has few of them, however large the tables are.
+
+    Not toLocalIterator: its jobs begin when the query has ended, and Spark (4.2) then keeps their plans for ever.
+    """
+    return frame.take(_FEW)
+
+
 @contextmanager
 def committing(spark: SparkSession, run_id: str) -> Iterator[None]:
     """Delta commits made in the body carry the run's id as ``userMetadata``."""
@@ -198,7 +207,7 @@ def sync(
         changes = _changes(df, within(old, among, key[0]), table, delete).persist()
         try:
             with _described(spark, f"compare with {table.name}"):
-                counted = {row[0]: int(row[1]) for row in changes.groupBy(_OPERATION).count().toLocalIterator()}
+                counted = {row[0]: int(row[1]) for row in few(changes.groupBy(_OPERATION).count())}
             if counted:
                 with _described(spark, f"write {table.name}"):
                     _merge(target, changes, key, names, counted)

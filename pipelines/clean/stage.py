@@ -17,7 +17,7 @@ from pipelines.clean.licenses import LICENSE_FILE
 from pipelines.clean.verdicts import rejected_by
 from pipelines.columns import IS_CONTAMINATED
 from pipelines.errors import LakeError
-from pipelines.lake import StageResult, ensure, read, revise, sync, version
+from pipelines.lake import StageResult, ensure, few, read, revise, sync, version
 from pipelines.tables import BRONZE_DOCUMENTS, SILVER_DOCUMENTS
 
 _COLUMNS = (
@@ -158,5 +158,5 @@ def funnel(documents: DataFrame) -> dict[str, int]:
     rules = documents.select(F.explode("rejected_by").alias("name")).groupBy("name").count()
     redacted = documents.select(F.explode("redactions").alias("name", "n")).groupBy("name").agg(F.sum("n"))
     for prefix, frame in (("rejected_by", rules), ("redactions", redacted)):
-        counts |= {f"{prefix}.{name}": int(n) for name, n in frame.orderBy("name").toLocalIterator()}
+        counts |= {f"{prefix}.{name}": int(n) for name, n in few(frame.orderBy("name"))}
     return counts

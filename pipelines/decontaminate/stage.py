@@ -143,7 +143,7 @@ def count(found: DataFrame, index: Broadcast[Index]) -> dict[str, int]:
 
 
 def _by_name(frame: DataFrame) -> dict[str, int]:
-    return {row[0]: int(row[1]) for row in frame.toLocalIterator()}
+    return {row[0]: int(row[1]) for row in tables_of.few(frame)}
 
 
 def _lists(owner: np.ndarray[tuple[int], np.dtype[np.int64]], values: pa.Array, rows: int) -> pa.ListArray:

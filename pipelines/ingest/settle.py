@@ -13,8 +13,6 @@ On the tables documents + quarantined rows = records, so a record is in one of t
 
 from __future__ import annotations
 
-from itertools import islice
-
 from pyspark.sql import DataFrame
 from pyspark.sql import functions as F
 
@@ -22,6 +20,7 @@ from pipelines.columns import hashed
 from pipelines.errors import LakeError
 from pipelines.ingest.lines import RAW_BYTES
 from pipelines.ingest.tasks import RECORDS
+from pipelines.lake import few
 from pipelines.tables import BRONZE_DOCUMENTS, BRONZE_QUARANTINE
 
 # The reason of a record that is left out because its document was erased; no reason of the quarantine.
@@ -77,7 +76,7 @@ def check_settled(settled: DataFrame, met: int) -> dict[str, int]:
     grouped = settled.groupBy(F.coalesce("reason", F.lit(""))).agg(
         F.count(F.lit(1)), F.countDistinct("source", "source_id")
     )
-    for reason, number, ids in islice(grouped.toLocalIterator(), 100):
+    for reason, number, ids in few(grouped):
         by_reason[reason] = int(number)
         distinct += int(ids)
     documents, erased = by_reason.pop("", 0), by_reason.pop(ERASED, 0)

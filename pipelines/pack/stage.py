@@ -61,7 +61,7 @@ def run(
         wanted.unpersist()
     packed = tables_of.read(spark, lake, GOLD_SEQUENCES, written.version).where(edition.scope)
     counts = {"sequences": 0, "padding": 0, "tokens": 0}
-    for row in packed.groupBy("split").agg(F.count("*"), F.sum("pad_count")).toLocalIterator():
+    for row in tables_of.few(packed.groupBy("split").agg(F.count("*"), F.sum("pad_count"))):
         counts[f"sequences_{row[0]}"] = int(row[1])
         counts["sequences"] += int(row[1])
         counts["padding"] += int(row[2])

@@ -56,7 +56,7 @@ def run(spark: SparkSession, lake: str, config: TokenizeConfig, *, run_id: str, 
     written = tables_of.sync(spark, lake, GOLD_TOKENS, tokens, scope=scope, among=looked_at)
     edition = tables_of.read(spark, lake, GOLD_TOKENS, written.version).where(scope)
     counts = {"documents": 0, "tokens": 0}
-    for row in edition.groupBy("split").agg(F.count("*"), F.sum("token_count")).toLocalIterator():
+    for row in tables_of.few(edition.groupBy("split").agg(F.count("*"), F.sum("token_count"))):
         counts[f"documents_{row[0]}"], counts[f"tokens_{row[0]}"] = int(row[1]), int(row[2])
         counts["documents"] += int(row[1])
         counts["tokens"] += int(row[2])

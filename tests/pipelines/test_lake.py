@@ -40,7 +40,7 @@ def test_sync_commits_only_differences(spark: SparkSession, lake: str) -> None:
     other = [("a", "a", "exact", 1.0, False), ("b", "a", "exact", 1.0, False), ("d", "d", "near", 0.8, True)]
     third = lakes.sync(spark, lake, table, spark.createDataFrame(other, SCHEMA))
     assert (third.inserted, third.updated, third.deleted, third.version) == (1, 1, 1, first.version + 1)
-    assert sorted(tuple(r) for r in lakes.read(spark, lake, table).toLocalIterator()) == other
+    assert sorted(tuple(r) for r in lakes.read(spark, lake, table).collect()) == other
 
 
 def test_sync_leaves_rows_outside_the_scope(spark: SparkSession, lake: str) -> None:
