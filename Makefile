@@ -35,7 +35,7 @@ lint: $(STAMP) ## ruff, mypy and the import contracts
 	@PYTHONPATH=. $(BIN)/lint-imports --no-logo
 
 test: $(STAMP) lint ## install, lint and run every test
-	@$(BIN)/python -m pytest -n 2
+	@$(BIN)/python -m pytest -n 2 --no-loadscope-reorder
 
 bench: $(STAMP) ## run the benchmarks and print one table
 	@$(BIN)/python benchmarks/run.py

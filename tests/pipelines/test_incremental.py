@@ -37,6 +37,7 @@ from pipelines.tokenize import train as tokenizers
 from pipelines.tokenize.config import TokenizeConfig
 
 LENGTH = 64
+STEPS = 3
 RULE = {"name": "gopher_quality.min_words", "signal": "words", "kind": "text", "min": 30}
 STAGES: dict[str, tuple[Any, Any]] = {
     "clean": (clean.run, CleanConfig.model_validate({"rules": [RULE]})),
@@ -179,7 +180,7 @@ def test_any_history_ends_as_one_run_does(
     tokenizers.save(lake, tokenizer)
     end = tokenizer.token_to_id("<|endoftext|>")
     names: dict[frozenset[str], str] = {}
-    for step in range(1, 4):
+    for step in range(1, STEPS + 1):
         before = check_sequences(spark, lake, end) if step > 1 else {}
         old = dict(encoded(spark, lake)) if step > 1 else {}
         results = follower.run(documents, monkeypatch if step == 2 else None)
@@ -201,9 +202,10 @@ def test_any_history_ends_as_one_run_does(
             assert (sequence in after) == all(key in same for key in held)
         if step > 1:
             assert results["dedup"].counts["documents_looked_at"] < len(documents) or len(documents) < 12
-        again = follower.run(documents)
-        assert {n: r.outputs for n, r in again.items()} == {n: r.outputs for n, r in results.items()}
-        documents = changed(rng, documents, step)
+        if step < STEPS:
+            documents = changed(rng, documents, step)
+    again = follower.run(documents)
+    assert {n: r.outputs for n, r in again.items()} == {n: r.outputs for n, r in results.items()}
 
 
 def named_as_before(spark: SparkSession, lake: str, before: dict[frozenset[str], str]) -> dict[frozenset[str], str]:
