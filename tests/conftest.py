@@ -19,6 +19,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Before torch is imported, here and in the processes that tests start: OpenMP's threads wait for each other, which
     # on cores that another worker uses is many times slower than one thread.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # A JVM that lives for a minute gains nothing from its second compiler, which takes a third of its CPU time.
+    os.environ.setdefault("JAVA_TOOL_OPTIONS", "-XX:TieredStopAtLevel=1")
 
 # A machine that is busy with Spark is no failure of a law.
 settings.register_profile("lakemoe", deadline=None)
@@ -32,7 +34,9 @@ if TYPE_CHECKING:
 def spark() -> Iterator[SparkSession]:
     from pipelines.session import spark_session
 
-    session = spark_session("lakemoe-tests", memory="2g", shuffle_partitions=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("JAVA_TOOL_OPTIONS", raising=False)  # this one lives long
+        session = spark_session("lakemoe-tests", memory="2g", shuffle_partitions=2)
     yield session
     session.stop()
 

@@ -77,8 +77,7 @@ def test_an_erased_document_is_nowhere(
     monkeypatch.setattr(runs, "code_version", lambda: "1.0+abc")
     config = tmp_path / "settings.yaml"
     config.write_text(json.dumps(SETTINGS))
-    pipeline = ("pipeline", "--config", config, "--source", source, "--lake", lake)
-    assert lakemoe(*pipeline) == 0
+    assert lakemoe("pipeline", "--config", config, "--source", source, "--lake", lake) == 0
     first, second = sorted(
         r["document_id"] for r in rows(spark, lake, BRONZE_DOCUMENTS) if r["source_id"] in ("3.txt", "copy.txt")
     )
@@ -105,7 +104,8 @@ def test_an_erased_document_is_nowhere(
     assert rows(spark, lake, SILVER_DUPLICATES) == []
 
     # Its file is still there; the document stays out.
-    assert lakemoe(*pipeline) == 0
+    ingest = ("ingest", "--source", source, "--lake", lake)
+    assert lakemoe(*ingest) == 0
     assert first not in {r["document_id"] for r in rows(spark, lake, BRONZE_DOCUMENTS)}
 
     # Everything of the source, the quarantined record too; then also from the files of old versions.
@@ -129,7 +129,7 @@ def test_an_erased_document_is_nowhere(
     assert holders(lake, first) <= {f for f in holders(lake, first) if f.startswith("ops")}
 
     assert lakemoe("erase", "--restore", "--document-id", first, "--lake", lake) == 0
-    assert lakemoe(*pipeline) == 0
+    assert lakemoe(*ingest) == 0
     assert [r["document_id"] for r in rows(spark, lake, BRONZE_DOCUMENTS)] == [first]
 
 

@@ -27,8 +27,6 @@ from pipelines.tables import GOLD_SEQUENCES, GOLD_TOKENS, TABLES, table_uri
 TINY = {"layers": 1, "width": 32, "heads": 2, "kv_heads": 1, "head_width": 16, "experts": 4, "experts_chosen": 2}
 TINY |= {"expert_width": 32}
 STEPS = 12
-# A JVM that lives for a minute gains nothing from its second compiler, which takes a third of its CPU time.
-SHORT_LIVED = {"PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1", "JAVA_TOOL_OPTIONS": "-XX:TieredStopAtLevel=1"}
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +66,7 @@ def start(*arguments: str | Path, cwd: Path) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
         cwd=cwd,
-        env=environment | SHORT_LIVED,
+        env=environment | {"PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"},
         start_new_session=True,
     )
 
@@ -159,7 +157,7 @@ def test_a_full_disk_loses_nothing(source: Path, tmp_path: Path) -> None:
     """A size limit on files stands for the full disk: writing fails in the middle, with ENOSPC's cousin EFBIG."""
     lake = tmp_path / "lake"
     limited = f"ulimit -f 40; exec {sys.executable} -m jobs.main ingest --source {source} --lake {lake}"
-    environment = os.environ | SHORT_LIVED
+    environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}
     done = subprocess.run(
         ["bash", "-c", limited], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=800, check=False
     )
