@@ -19,8 +19,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Before torch is imported, here and in the processes that tests start: OpenMP's threads wait for each other, which
     # on cores that another worker uses is many times slower than one thread.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    # A JVM that lives for a minute gains nothing from its second compiler, which takes a third of its CPU time.
-    os.environ.setdefault("JAVA_TOOL_OPTIONS", "-XX:TieredStopAtLevel=1")
+    # A JVM that lives for a minute gains nothing from its second compiler, which takes a third of its CPU time, or from
+    # a collector with threads of its own.
+    os.environ.setdefault("JAVA_TOOL_OPTIONS", "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC")
 
 # A machine that is busy with Spark is no failure of a law.
 settings.register_profile("lakemoe", deadline=None)

@@ -168,6 +168,15 @@ def check_sequences(spark: SparkSession, lake: str, end: int) -> dict[str, list[
     return held
 
 
+def check_equal(spark: SparkSession, lake: str, fresh: str) -> None:
+    """The tables are equal but for what depends on the history: what a cluster is called, and so its split."""
+    for table in (SILVER_DOCUMENTS, SILVER_MINHASH):
+        assert list(rows(spark, lake, table)) == list(rows(spark, fresh, table))
+    assert clusters(spark, lake) == clusters(spark, fresh)
+    for table, history in ((SILVER_DUPLICATES, "cluster_id"), (GOLD_TOKENS, "split")):
+        assert list(rows(spark, lake, table, history)) == list(rows(spark, fresh, table, history))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0])
 def test_any_history_ends_as_one_run_does(
@@ -184,15 +193,10 @@ def test_any_history_ends_as_one_run_does(
         before = check_sequences(spark, lake, end) if step > 1 else {}
         old = dict(encoded(spark, lake)) if step > 1 else {}
         results = follower.run(documents, monkeypatch if step == 2 else None)
-        fresh = f"{lake}-{step}"
-        tokenizers.save(fresh, tokenizer)
-        Follower(spark, fresh).run(documents)
-
-        for table in (SILVER_DOCUMENTS, SILVER_MINHASH):
-            assert list(rows(spark, lake, table)) == list(rows(spark, fresh, table))
-        assert clusters(spark, lake) == clusters(spark, fresh)
-        for table, history in ((SILVER_DUPLICATES, "cluster_id"), (GOLD_TOKENS, "split")):
-            assert list(rows(spark, lake, table, history)) == list(rows(spark, fresh, table, history))
+        if step > 1:
+            tokenizers.save(f"{lake}-{step}", tokenizer)
+            Follower(spark, f"{lake}-{step}").run(documents)
+            check_equal(spark, lake, f"{lake}-{step}")
         names = named_as_before(spark, lake, names)
         # Sequences whose documents are as they were have stayed.
         after = check_sequences(spark, lake, end)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,6 +42,21 @@ def test_sync_commits_only_differences(spark: SparkSession, lake: str) -> None:
     third = lakes.sync(spark, lake, table, spark.createDataFrame(other, SCHEMA))
     assert (third.inserted, third.updated, third.deleted, third.version) == (1, 1, 1, first.version + 1)
     assert sorted(tuple(r) for r in lakes.read(spark, lake, table).collect()) == other
+
+
+def test_spark_lets_a_written_table_go(spark: SparkSession, lake: str) -> None:
+    """What Spark keeps of queries that have ended is kept for the session's life, plans and all."""
+
+    def kept() -> int:
+        return int(spark.sparkContext._jsc.sc().dagScheduler().activeQueryToJobs().size())
+
+    before = kept()
+    lakes.ensure(spark, lake, SILVER_DUPLICATES)
+    lakes.sync(spark, lake, SILVER_DUPLICATES, spark.createDataFrame([("a", "a", "near", None, True)], SCHEMA))
+    until = time.monotonic() + 60  # the scheduler forgets in its own time
+    while kept() > before and time.monotonic() < until:
+        time.sleep(0.1)
+    assert kept() <= before
 
 
 def test_sync_leaves_rows_outside_the_scope(spark: SparkSession, lake: str) -> None:
