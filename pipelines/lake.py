@@ -29,7 +29,6 @@ from pipelines.tables import Table
 # Who wrote a row and when is no part of what the row says.
 NOT_COMPARED = ("run_id", "ingested_at", "at")
 _OPERATION = "__operation"
-_FEW = 10_000
 _DESCRIPTION = "spark.job.description"
 _USER_METADATA = "spark.databricks.delta.commitInfo.userMetadata"
 
@@ -84,9 +83,9 @@ def version(spark: SparkSession, lake: str, table: Table) -> int | None:
     Asked of its log's file names (Delta protocol, "Delta Log Entries"): the history is a query of a tenth of a second,
     and a stage asks some ten times.
     """
-    log, files = _log(spark, table.uri(lake))
-    pattern = re.sub(r"[]\\[{}*?]", r"\\\g<0>", log.toString()) + "/" + "[0-9]" * 20 + ".json"
-    commits = files.globStatus(_path(spark, pattern))
+    path, files = _files(spark, table.uri(lake))
+    folder = re.sub(r"[]\\[{}*?]", r"\\\g<0>", _log(table.uri(lake)))
+    commits = files.globStatus(path(f"{folder}/{'[0-9]' * 20}.json"))
     return int(commits[len(commits) - 1].getPath().getName().removesuffix(".json")) if commits else None
 
 
@@ -105,9 +104,7 @@ def ensure(spark: SparkSession, lake: str, table: Table) -> None:
                 "use the version that wrote it, or another --lake."
             )
         return
-    # A kill between making the log and its first commit leaves a folder in which Delta cannot create.
-    log, files = _log(spark, uri)
-    files.delete(log, True)
+    _remove_log_without_commit(spark, uri)
     builder = DeltaTable.createIfNotExists(spark).location(uri).addColumns(wanted).comment(table.comment)
     for key, value in table.table_properties.items():
         builder = builder.property(key, value)
@@ -127,15 +124,27 @@ def _fields(schema: StructType, prefix: str = "") -> Iterator[str]:
             yield from _fields(one.dataType, f"{prefix}{one.name}.")
 
 
-def _path(spark: SparkSession, text: str) -> Any:
-    assert spark._jvm is not None
-    return spark._jvm.org.apache.hadoop.fs.Path(text)
+def _log(uri: str) -> str:
+    return f"{uri}/_delta_log"
 
 
-def _log(spark: SparkSession, uri: str) -> tuple[Any, Any]:
-    """Hadoop's path of a table's log, and the file system that it is on."""
-    path = _path(spark, f"{uri}/_delta_log")
-    return path, path.getFileSystem(spark.sparkContext._jsc.hadoopConfiguration())
+def _files(spark: SparkSession, uri: str) -> tuple[Any, Any]:
+    """Hadoop's class of paths, and the file system that the table is on."""
+    jvm = spark._jvm
+    assert jvm is not None
+    path = jvm.org.apache.hadoop.fs.Path
+    return path, path(uri).getFileSystem(spark.sparkContext._jsc.hadoopConfiguration())
+
+
+def _remove_log_without_commit(spark: SparkSession, uri: str) -> None:
+    """Remove the folder that a kill left between making the log and its first commit: Delta cannot create there.
+
+    Looks for itself: what is deleted must not depend on a pattern.
+    """
+    path, files = _files(spark, uri)
+    log = path(_log(uri))
+    if files.exists(log) and not any(s.getPath().getName().endswith(".json") for s in files.listStatus(log)):
+        files.delete(log, True)
 
 
 def read(spark: SparkSession, lake: str, table: Table, version: int | None = None) -> DataFrame:
@@ -152,11 +161,11 @@ def read(spark: SparkSession, lake: str, table: Table, version: int | None = Non
 
 
 def few(frame: DataFrame) -> list[Row]:
-    """The rows of an aggregate that has few of them, however large the tables are.
+    """The rows, at most 10,000, of an aggregate that has few of them however large the tables are.
 
     Not toLocalIterator: its jobs begin when the query has ended, and Spark (4.2) then keeps their plans for ever.
     """
-    return frame.take(_FEW)
+    return frame.take(10_000)
 
 
 @contextmanager
