@@ -74,10 +74,7 @@ def spark_session(
         .config("spark.buffer.pageSize", "2m")
         .config("spark.sql.sources.parallelPartitionDiscovery.parallelism", "2")
         .config("spark.sql.adaptive.coalescePartitions.enabled", "true")
-        .config(
-            "spark.driver.extraJavaOptions",
-            "-XX:ReservedCodeCacheSize=512m -Dlog4j2.level=ERROR -Divy.message.logger.level=0",
-        )
+        .config("spark.driver.extraJavaOptions", _JAVA_OPTIONS)
         .config("spark.log.level", "ERROR")
     )
     with _standard_error_in_file() as log:
