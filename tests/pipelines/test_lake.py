@@ -75,13 +75,9 @@ def test_a_value_outside_the_contract_is_not_written(spark: SparkSession, lake: 
     row = {**dict.fromkeys(schema.names), "document_id": "a", "tokenizer_id": "t", "kind": "text", "split": "train"}
     row |= {"source": "s", "token_count": 0, "tokens": b""}
     lakes.sync(spark, lake, GOLD_TOKENS, spark.createDataFrame([row], schema))
+    wrong = spark.createDataFrame([row | {"split": "test"}, row | {"document_id": "b"}], schema)
     with pytest.raises(Py4JJavaError, match="CHECK constraint"):
-        lakes.sync(
-            spark,
-            lake,
-            GOLD_TOKENS,
-            spark.createDataFrame([row | {"split": "test"}, row | {"document_id": "b"}], schema),
-        )
+        lakes.sync(spark, lake, GOLD_TOKENS, wrong)
     assert [r["split"] for r in lakes.read(spark, lake, GOLD_TOKENS).collect()] == ["train"]
 
 
@@ -106,7 +102,7 @@ def test_a_kill_before_the_first_commit_leaves_nothing_in_the_way(spark: SparkSe
     assert lakes.version(spark, lake, SILVER_DUPLICATES) is not None
 
 
-@pytest.mark.parametrize("name", ["./lake", "a b/lake", "[1]{2}/la*k?e^"])
+@pytest.mark.parametrize("name", ["./lake", "lake", "a b/lake", "[1]{2}/la*k?e^"])
 def test_a_lake_may_be_a_relative_path(
     spark: SparkSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
