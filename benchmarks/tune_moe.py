@@ -1,5 +1,7 @@
 """Time tile sizes of the mixture's products and print the best for each shape: the source of kernels/tiles.py.
 
+Beside them, on a Hopper GPU, stand the same products of kernels/hopper.py, with sorted copies and gathering.
+
 Every candidate is compiled once, in parallel, on a small problem on which its result is checked; those that do not
 compile or are wrong are named and left out. Then each is timed at each shape.
 """
@@ -21,8 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import grouped
-from kernels.grouped import Halves
+from kernels.portable import Halves, Portable, Tokens
 from kernels.routing import route
 from kernels.tiles import Tile, tiles
 
@@ -70,37 +71,63 @@ class Problem:
         N = T * K
         self.h, self.a = normal(2, N, F), normal(N, F)
         self.c, self.c3 = torch.empty_like(self.h), torch.empty_like(self.a)
-        self.dv1, self.dw1 = torch.empty_like(self.w1), torch.empty_like(self.w1)
         self.out = torch.empty(N, D, device="cuda", dtype=torch.bfloat16)
         self.weight = torch.rand(T, K, generator=g, device="cuda")
-        self.K, self.F, self.D, self.N = K, F, D, N
-        self.layer = grouped.Layer(self.routing, K, tiles(D, F, 128, 2, True))
+        self.K, self.F, self.D, self.N, self.E = K, F, D, N, E
+        self.layer = Portable(self.routing, K, tiles(D, F, 128, 2, True))
+        self.copies = {id(t): self.layer.tokens(t).sorted() for t in (self.x, self.dy)}
         self.flops = {"up": 4, "down": 2, "down_backward": 2, "to_x": 4, "to_weights_up": 4, "to_weights_down": 2}
 
-    def run(self, name: str, tile: Tile) -> tuple[Tensor, ...]:
-        layer, gather = self.layer, not tile.copy
+    def tokens(self, x: Tensor) -> Tokens:
+        """Tokens whose sorted copy is made already: it is timed by itself."""
+        tokens = self.layer.tokens(x)
+        tokens._sorted = self.copies[id(x)]
+        return tokens
 
-        def rows(x: Tensor) -> Tensor:
-            return layer.gathered(x) if tile.copy else x
+    def run(self, name: str, tile: Tile) -> tuple[Tensor, ...]:
+        layer = self.layer
+
+        def rows(x: Tensor) -> Tensor | Tokens:
+            return self.tokens(x).sorted() if tile.copy else self.tokens(x)
 
         if name == "up":
-            layer.rows(tile, rows(self.x), Halves(self.w1, self.v1), self.c[0], gather=gather, activation="silu",
-                       c2=self.c[1], c3=self.c3)  # fmt: skip
+            layer._rows(tile, rows(self.x), Halves(self.w1, self.v1), self.c[0], activation="silu", c2=self.c[1],
+                        c3=self.c3)  # fmt: skip
             return self.c[0], self.c[1], self.c3
         if name == "down":
-            layer.rows(tile, self.a, Halves(self.w2), self.out, by_depth=True)
+            layer._rows(tile, self.a, Halves(self.w2), self.out, by_depth=True)
             return (self.out,)
         if name == "down_backward":
-            layer.rows(tile, rows(self.dy), Halves(self.w2), self.c[0], gather=gather)
+            layer._rows(tile, rows(self.dy), Halves(self.w2), self.c[0])
             return (self.c[0],)
         if name == "to_x":
-            layer.rows(tile, self.h, Halves(self.w1, self.v1), self.out, by_depth=True)
+            layer._rows(tile, self.h, Halves(self.w1, self.v1), self.out, by_depth=True)
             return (self.out,)
         if name == "to_weights_up":
-            layer.weights(tile, self.h, rows(self.x), self.dw1, self.dv1, gather=gather)
-            return self.dw1, self.dv1
-        layer.weights(tile, self.a[None], rows(self.dy), self.dw1, gather=gather)
-        return (self.dw1,)
+            return tuple(layer._to_weights(tile, self.h, self.tokens(self.x), self.E))
+        return tuple(layer._to_weights(tile, self.a[None], self.tokens(self.dy), self.E))
+
+    def run_hopper(self, name: str, gather: bool) -> tuple[Tensor, ...]:
+        from kernels import hopper_layer
+
+        below = (1 << 30) if gather else 0
+        hopper_layer._GATHER_UP_BELOW = hopper_layer._GATHER_BACKWARD_BELOW = below
+        hopper_layer._LONGEST_GATED = 1 << 30
+        layer = hopper_layer.Hopper(self.routing, self.K, self.layer.tiles, self.x.device)
+        if name == "up":
+            h, u, a = layer.up(self.tokens(self.x), self.w1, self.v1, "silu")
+            assert u is not None
+            return h, u, a
+        if name == "down":
+            return (layer.down(self.a, self.w2),)
+        if name == "down_backward":
+            layer._gradient_of_a(self.tokens(self.dy), self.w2, self.c[0])
+            return (self.c[0],)
+        if name == "to_x":
+            return (layer.to_x(self.h, self.w1, self.v1),)
+        if name == "to_weights_up":
+            return tuple(layer.to_up(self.h, self.tokens(self.x), self.E))
+        return (layer.to_down(self.a, self.tokens(self.dy), self.E),)
 
     def truth(self, name: str) -> tuple[Tensor, ...]:
         """The same in float32, expert by expert."""
@@ -175,6 +202,10 @@ def timed(function: Callable[[], object], repeats: int) -> float:
     return float(sorted(first.elapsed_time(last) for first, last in marks)[repeats // 2])
 
 
+def copied(problem: Problem) -> Tensor:
+    return problem.layer.tokens(problem.x).sorted()
+
+
 def label(tile: Tile) -> str:
     flags = "".join(f for f, on in (("F", tile.flatten), ("C", tile.copy)) if on)
     return (
@@ -223,14 +254,25 @@ def main() -> None:
                     print(shape, name, label(tile), str(error).splitlines()[0][:100], flush=True)
             found.sort(key=lambda pair: -pair[0])
             records += [{"shape": shape, "product": name, "tflops": v, "tile": asdict(t)} for v, t in found]
+            hopper = []
+            if torch.cuda.get_device_capability() == (9, 0):
+                for gather in (False, True):
+                    speed = flops / timed(partial(problem.run_hopper, name, gather), 10) / 1e9
+                    hopper.append(f"{speed:.0f}{' gathering' if gather else ''}")
             text = "; ".join(f"{v:.0f} {label(t)}" for v, t in found[: arguments.best])
-            print(f"{shape:<9}{name:<16} cuBLAS {dense:.0f} | {text}", flush=True)
+            print(f"{shape:<9}{name:<16} cuBLAS {dense:.0f} | hopper.py {', '.join(hopper)} | {text}", flush=True)
         layer = problem.layer
         rest: dict[str, Callable[[], object]] = {
             "route": partial(route, problem.index, E),
-            "copy": partial(layer.gathered, problem.x),
-            "through": partial(
-                layer.through, problem.c[0], problem.h[0], problem.h[1], problem.weight, "silu", problem.c[1]
+            "copy": partial(copied, problem),
+            "down_backward and activation": partial(
+                layer.through,
+                problem.tokens(problem.dy),
+                problem.w2,
+                problem.h[0],
+                problem.h[1],
+                problem.weight,
+                "silu",
             ),
             "combine": partial(layer.combined, problem.out, problem.weight),
         }

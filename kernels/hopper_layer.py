@@ -1,0 +1,134 @@
+"""A layer's products on Hopper: the launches of kernels/hopper.py, in the place of the portable ones.
+
+Legend: T tokens, D model width, F expert width, E experts, K chosen experts a token, N = T*K assignments.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from kernels.hopper import COLUMNS, DEPTH, QUARTER, RAGGED, ROWS, rows_kernel
+from kernels.hopper_weights import weights_kernel
+from kernels.portable import Portable, Tokens, multiprocessors
+from kernels.routing import Routing
+from kernels.tiles import Tiles
+
+_GROUP = 8
+_STAGES = 4  # as many as shared memory holds beside the tiles that leave it
+_REGISTERS = 168  # a thread, before the roles share them out: 3 warpgroups fill a multiprocessor
+_MOST = 0x7FFF0000
+# Gathering tokens slows a product by 7 % (one of weights by a third) and spares a sorted copy, whose cost falls with F.
+_GATHER_UP_BELOW = 1024
+_GATHER_BACKWARD_BELOW = 512
+# Beyond this depth Triton's own schedule of the gated product is the faster one (dbrx: 12.4 against 13.1 ms).
+_LONGEST_GATED = 4096
+
+
+def _descriptor(t: Tensor, block: list[int], shape: list[int] | None = None, strides: list[int] | None = None) -> Any:
+    width = min(128, block[-1] * t.element_size())
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=width, element_bitwidth=16, rank=len(block))
+    return TensorDescriptor(t, shape or list(t.shape), strides or list(t.stride()), block, layout)
+
+
+def _ragged(t: Tensor, block: list[int]) -> Any:
+    """Of [N, columns], as triton.tools.ragged_tma makes it: a window of rows that ends where its caller says."""
+    row = t.stride(0)
+    return _descriptor(t, [1, 1, *block], [_MOST, _MOST, RAGGED.value, t.shape[1]], [2**34 - row, row, row, 1])
+
+
+class Hopper(Portable):
+    """The products of bfloat16 and float16 on compute capability 9.0, for tiles of 128 rows."""
+
+    def __init__(self, routing: Routing, top_k: int, tiles: Tiles, device: torch.device) -> None:
+        super().__init__(routing, top_k, tiles)
+        self._programs = multiprocessors(device)
+        self._counters = list(torch.zeros(6, dtype=torch.int32, device=device))  # one for each product, at most
+
+    def up(self, x: Tokens, w1: Tensor, v1: Tensor | None, activation: str) -> tuple[Tensor, Tensor | None, Tensor]:
+        if v1 is not None and w1.shape[2] > _LONGEST_GATED:
+            return super().up(x, w1, v1, activation)
+        N, F = self.routing.order.shape[0], w1.shape[1]
+        h, a = w1.new_empty(N, F), w1.new_empty(N, F)
+        u = None if v1 is None else w1.new_empty(N, F)
+        gather = F < _GATHER_UP_BELOW
+        self._launch(x if gather else x.sorted(), w1, v1, h, u, a, activation=activation)
+        return h, u, a
+
+    def down(self, a: Tensor, w2: Tensor) -> Tensor:
+        out = a.new_empty(a.shape[0], w2.shape[2])
+        self._launch(a, w2, None, out, by_depth=True)
+        return out
+
+    def _gradient_of_a(self, dy: Tokens, w2: Tensor, g: Tensor) -> None:
+        self._launch(dy if w2.shape[1] < _GATHER_BACKWARD_BELOW else dy.sorted(), w2, None, g)
+
+    def to_x(self, dhu: Tensor, w1: Tensor, v1: Tensor | None) -> Tensor:
+        rows = dhu.new_empty(dhu.shape[1], w1.shape[2])
+        self._launch(dhu, w1, v1, rows, by_depth=True)
+        return rows
+
+    def to_up(self, dhu: Tensor, x: Tokens, E: int) -> list[Tensor]:
+        return self._launch_weights(dhu, x, E)
+
+    def to_down(self, wa: Tensor, dy: Tokens, E: int) -> Tensor:
+        return self._launch_weights(wa.unsqueeze(0), dy, E)[0]
+
+    def _launch(
+        self,
+        a: Tensor | Tokens,
+        b: Tensor,
+        b2: Tensor | None,
+        c: Tensor,
+        c2: Tensor | None = None,
+        c3: Tensor | None = None,
+        *,
+        by_depth: bool = False,
+        activation: str = "",
+    ) -> None:
+        """rows_kernel: its operands as tensors, a of tokens, sorted rows or one or two halves of these."""
+        (N, columns), routing = c.shape, self.routing
+        if N == 0:
+            return
+        rows = a.x if isinstance(a, Tokens) else a.reshape(-1, a.shape[-1])
+        depth, gather = rows.shape[1], isinstance(a, Tokens)
+        pair = 1 if gather else rows.shape[0] // N
+        gated = c2 is not None
+        width = COLUMNS.value // 2 if gated else COLUMNS.value
+        block = [1, DEPTH.value, COLUMNS.value] if by_depth else [1, width, DEPTH.value]
+        stored, tile = [64, QUARTER.value], [64, DEPTH.value]
+        rows_kernel[(self._grid(routing.tile_expert.shape[0] * triton.cdiv(columns, width)),)](
+            rows if gather else _descriptor(rows, tile), routing.token, rows.stride(0),
+            _descriptor(b, block), _descriptor(b if b2 is None else b2, block),
+            *(_ragged(c if t is None else t, stored) for t in (c, c2, c3)),
+            self._counters.pop(), routing.offsets, routing.tile_expert, routing.tile_row, routing.tile_count,
+            columns, depth, N,
+            PAIR=pair, BY_DEPTH=by_depth, GATED=gated, GATHER=gather, EVEN=depth % DEPTH.value == 0,
+            ACTIVATION=activation, GROUP=_GROUP, STAGES=_STAGES, num_warps=4, maxnreg=_REGISTERS,
+        )  # fmt: skip
+
+    def _launch_weights(self, left: Tensor, right: Tokens, E: int) -> list[Tensor]:
+        (halves, N, rows), columns = left.shape, right.x.shape[1]
+        results = [left.new_empty(E, rows, columns) for _ in range(halves)]
+        if N == 0:
+            return [result.zero_() for result in results]
+        gather = rows < _GATHER_BACKWARD_BELOW
+        weights_kernel[(self._grid(E * halves * triton.cdiv(rows, ROWS.value) * triton.cdiv(columns, COLUMNS.value)),)](
+            _ragged(left.reshape(-1, rows), [DEPTH.value, 64]),
+            right.x if gather else _ragged(right.sorted(), [DEPTH.value, COLUMNS.value]),
+            self.routing.token, right.x.stride(0),
+            *(_descriptor(r, [1, 64, QUARTER.value]) for r in (results[0], results[-1])), self._counters.pop(),
+            self.routing.offsets, E, rows, columns, N,
+            HALVES=halves, GATHER=gather, EVEN=columns % COLUMNS.value == 0, GROUP=_GROUP, STAGES=_STAGES,
+            num_warps=4, maxnreg=_REGISTERS,
+        )  # fmt: skip
+        return results
+
+    def _grid(self, tiles: int) -> int:
+        # All programs run at once: they meet.
+        return max(1, min(tiles, self._programs))
