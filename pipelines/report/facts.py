@@ -115,6 +115,44 @@ class Duplicates:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One document of silver. characters: of its whole text, of which `beginning` is the first part."""
+
+    document_id: str
+    source: str
+    source_id: str
+    characters: int
+    beginning: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """Kept documents of the kind `name`, or documents that the rule `name` rejects."""
+
+    name: str
+    kept: bool
+    samples: tuple[Sample, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """One cluster of duplicates. shown: of some members how they joined, whether they are kept, and the document."""
+
+    members: int
+    shown: tuple[tuple[str, bool, Sample], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Erasure:
+    """Documents whose erasure was asked for with one reason. open: those that a table may still hold."""
+
+    reason: str | None
+    documents: int
+    open: int
+    last_requested_at: datetime
+
+
+@dataclass(frozen=True, kw_only=True)
 class Tokens:
     """Documents and tokens of one split and kind, in the edition that the report is about."""
 
@@ -196,6 +234,9 @@ class Figures:
     histograms: tuple[Histogram, ...]
     flags: tuple[Flag, ...]
     duplicates: Duplicates | None
+    clusters: tuple[Cluster, ...]
+    samples: tuple[Samples, ...]
+    erasures: tuple[Erasure, ...]
     tokenizer: Tokenizer | None
     tokens: tuple[Tokens, ...] | None
     lengths: tuple[Histogram, ...]

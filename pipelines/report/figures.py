@@ -1,8 +1,7 @@
 """A lake's tables -> the figures of its report, every one of them counted by Spark SQL.
 
 Tables are read at the versions that they have at the start, so that the figures agree with each other while another
-job writes. What comes to the driver is sums, bins and the first few of a list, never documents. Left out: samples of
-duplicate clusters and of what each rule rejects.
+job writes. What comes to the driver is sums, bins, the first few of a list, and the beginnings of a few samples.
 """
 
 from __future__ import annotations
@@ -17,12 +16,14 @@ from pipelines.errors import LakeError
 from pipelines.report import facts
 from pipelines.report.histograms import bounds_of, histograms, signals_in_long_form
 from pipelines.report.lineage import MOST_ROWS, Lake, last_runs, rules_that_judged, table_states
+from pipelines.report.samples import samples
 from pipelines.tables import (
     BRONZE_DOCUMENTS,
     BRONZE_QUARANTINE,
     GOLD_SEQUENCES,
     GOLD_TOKENS,
     KINDS,
+    OPS_ERASURES,
     SILVER_DOCUMENTS,
     SILVER_DUPLICATES,
 )
@@ -59,6 +60,7 @@ def figures(spark: SparkSession, uri: str) -> facts.Figures:
         sources = _sources(ingested, quarantine, judged, counted_tokens).persist()
         cached.append(sources)
         sequences = _sequences(lake, tokenizer)
+        shown, clusters = samples(lake, judged) if judged is not None else ((), ())
         per_length = sorted({row.sequence_length for row in sequences or ()})
         return facts.Figures(
             lake=uri,
@@ -80,6 +82,9 @@ def figures(spark: SparkSession, uri: str) -> facts.Figures:
             histograms=quality,
             flags=flags,
             duplicates=_duplicates(lake),
+            clusters=clusters,
+            samples=shown,
+            erasures=_erasures(lake),
             tokenizer=tokenizer,
             tokens=None if counted_tokens is None else _tokens(counted_tokens),
             lengths=() if tokens is None else _lengths(tokens, per_length),
@@ -215,6 +220,18 @@ def _duplicates(lake: Lake) -> facts.Duplicates | None:
         )
     )
     return facts.Duplicates(**row.asDict())
+
+
+def _erasures(lake: Lake) -> tuple[facts.Erasure, ...]:
+    erasures = lake.read(OPS_ERASURES)
+    if erasures is None:
+        return ()
+    by_reason = erasures.groupBy("reason").agg(
+        F.count("*").alias("documents"),
+        F.count_if(F.col("completed_at").isNull()).alias("open"),
+        F.max("requested_at").alias("last_requested_at"),
+    )
+    return _listed(by_reason.orderBy(F.desc("last_requested_at"), "reason"), facts.Erasure, MOST_ROWS)
 
 
 def _edition(lake: Lake) -> tuple[facts.Tokenizer | None, DataFrame | None]:

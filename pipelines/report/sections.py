@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pipelines.clean.config import Rule
 from pipelines.report.charts import chart, plain
 from pipelines.report.facts import Figures, Histogram, Share, Stage
+from pipelines.report.shown import duplicates, erasures, samples
 from pipelines.report.views import (
     NONE,
     BarView,
@@ -19,7 +20,7 @@ from pipelines.report.views import (
     share,
     time,
 )
-from pipelines.tables import KINDS, LICENSE_CLASSES, SILVER_DUPLICATES, SPLITS
+from pipelines.tables import CONTAMINATED, KINDS, LICENSE_CLASSES, SILVER_DUPLICATES, SPLITS
 
 STAGE_NAMES = {
     "documents": "Documents in bronze",
@@ -139,6 +140,8 @@ def _rejections(figures: Figures) -> TableView:
 def _bounds(name: str, rule: Rule | None) -> tuple[str, str]:
     """What the rule admits, and which documents it judges."""
     if rule is None:
+        if name.startswith(CONTAMINATED):
+            return "no text of the evaluation set", "all"
         family, _, what = name.partition(".")
         known = family == "license" and what in LICENSE_CLASSES
         return ("by the licence policy" if known else NONE), NONE
@@ -224,22 +227,6 @@ def _describe(histogram: Histogram) -> tuple[str, str]:
 
 def _median(histogram: Histogram) -> str:
     return f"median {plain(histogram.median)}" + (", logarithmic axis" if histogram.log else "")
-
-
-def duplicates(figures: Figures) -> Section | None:
-    found, dropped = figures.duplicates, figures.stage("duplicates")
-    if found is None or dropped is None:
-        return None
-    rows = (
-        ("Clusters of two and more", number(found.clusters)),
-        ("Members that are exact copies", number(found.exact)),
-        ("Members that are near copies", number(found.near)),
-        ("Members of the largest cluster", number(found.largest)),
-        ("Accepted documents dropped", number(dropped.total)),
-    )
-    table = TableView(id="t-duplicates", caption="Clusters of duplicates", heads=("What", "Count"), rows=rows)
-    text = "Rejected documents take part, and are kept only where a cluster has no accepted one."
-    return Section(id="duplicates", title="Duplicates", paragraphs=(text,), tables=(table,))
 
 
 def sequences(figures: Figures) -> Section | None:
@@ -337,8 +324,10 @@ SECTIONS: tuple[Callable[[Figures], Section | None], ...] = (
     left_out,
     languages_and_licences,
     signals,
+    samples,
     duplicates,
     sequences,
     sources,
+    erasures,
     lineage,
 )

@@ -43,6 +43,25 @@ class ChartGroup:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SampleView:
+    """text: the beginning of a document; more: whether the document goes on."""
+
+    head: str
+    note: str
+    text: str
+    more: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleGroup:
+    """Folded up until it is asked for."""
+
+    title: str
+    note: str
+    samples: tuple[SampleView, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Tile:
     name: str
     value: str
@@ -68,6 +87,7 @@ class Section:
     tables: tuple[TableView, ...] = ()
     narrow: bool = False
     charts: tuple[ChartGroup, ...] = field(default=())
+    samples: tuple[SampleGroup, ...] = ()
 
 
 def number(value: int | None) -> str:

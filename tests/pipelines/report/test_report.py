@@ -19,13 +19,15 @@ from pipelines.clean import stage as clean
 from pipelines.clean.config import CleanConfig, Rule
 from pipelines.dedup import stage as dedup
 from pipelines.dedup.config import DedupConfig
+from pipelines.erase import stage as erase
+from pipelines.erase.config import EraseConfig
 from pipelines.errors import LakeError
 from pipelines.ingest import stage as ingest
 from pipelines.ingest.config import IngestConfig, SourceConfig
 from pipelines.pack import stage as pack
 from pipelines.pack.config import PackConfig
 from pipelines.report.charts import chart
-from pipelines.report.facts import Figures, Share
+from pipelines.report.facts import Erasure, Figures, Rejection, Share
 from pipelines.report.figures import figures
 from pipelines.report.histograms import scale_of
 from pipelines.report.page import render
@@ -170,6 +172,44 @@ def test_what_judged_and_what_it_rejected(counted: Figures) -> None:
 
 
 @pytest.mark.slow
+def test_samples_are_beginnings_of_the_documents_that_they_stand_for(counted: Figures) -> None:
+    groups = {(group.kept, group.name): group.samples for group in counted.samples}
+    assert set(groups) == {(True, "text"), (True, "code")} | {(False, r.rule) for r in counted.rejections or ()}
+    assert {s.source_id for s in groups[False, "mine.min_words"]} == {"short.txt", "shorter.txt"}
+    (long,) = groups[False, "mine.mean_line_length"]
+    assert long.characters == len(f'TABLE = "{"abcdefgh" * 200}"\n')
+    assert long.beginning == 'TABLE = "' + ("abcdefgh" * 200)[:291]
+    assert {s.beginning for s in groups[True, "code"]} >= {CODE}
+    (cluster,) = counted.clusters
+    assert cluster.members == 2
+    assert [(method, kept) for method, kept, _ in cluster.shown] == [("exact", True), ("exact", False)]
+    assert {s.source_id for _, _, s in cluster.shown} == {"good.txt", "copy.txt"}
+    assert all(PROSE.startswith(s.beginning) for _, _, s in cluster.shown)
+
+    outline = Outline(page_of(counted))
+    assert outline.count("details") == outline.count("summary") == len(groups) + 1
+    assert outline.count("pre") == sum(map(len, groups.values())) + 2
+    assert CODE in outline.text
+
+
+@pytest.mark.slow
+def test_what_was_erased_and_what_evaluation_sets_hold(counted: Figures) -> None:
+    asked = datetime(2026, 1, 2, tzinfo=UTC)
+    done = Erasure(reason="asked by <mail>", documents=3, open=0, last_requested_at=asked)
+    text = Outline(page_of(replace(counted, erasures=(done,)))).text
+    assert "asked by <mail>" in text
+    assert "No table holds any of these documents now" in text
+    pending = replace(done, reason=None, open=2)
+    assert (
+        "2 of these documents may still be in a table" in Outline(page_of(replace(counted, erasures=(pending,)))).text
+    )
+    verdict = Rejection(rule="contaminated:arc", documents=1, alone=1)
+    text = Outline(page_of(replace(counted, rejections=(verdict,)))).text
+    assert "contaminated:arc" in text
+    assert "no text of the evaluation set" in text
+
+
+@pytest.mark.slow
 def test_lineage(counted: Figures) -> None:
     assert {state.table for state in counted.tables} == set(TABLES) - {"ops.promotions", "ops.erasures"}
     (run,) = counted.runs
@@ -247,9 +287,12 @@ def test_the_page_says_the_figures_and_loads_nothing(counted: Figures) -> None:
 @pytest.mark.slow
 def test_a_lake_that_stops_at_bronze(spark: SparkSession, lake: str, tmp_path: Path) -> None:
     ingest.run(spark, lake, IngestConfig(sources=write_sources(tmp_path)), run_id="r1")
+    erased = EraseConfig.model_validate({"where": "source = 'prose' AND path LIKE '%short.txt'", "reason": "asked"})
+    assert erase.request(spark, lake, erased)["requested"] == 1
     counted = figures(spark, lake)
+    assert [(e.reason, e.documents, e.open) for e in counted.erasures] == [("asked", 1, 1)]
     assert [stage.name for stage in counted.funnel] == ["documents"]
-    assert counted.funnel[0].total == DOCUMENTS
+    assert counted.funnel[0].total == DOCUMENTS - 1
     assert (counted.rejections, counted.tokens, counted.sequences, counted.rules_recorded) == (None, None, None, False)
     assert all((s.accepted, s.tokens) == (None, None) for s in counted.sources)
 
