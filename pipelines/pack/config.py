@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class PackConfig(BaseModel):
@@ -24,3 +24,9 @@ class PackConfig(BaseModel):
         0.5, ge=0, le=1, description="of these, suffix-prefix-middle and not prefix-suffix-middle (fraction)"
     )
     tokenizer: str | None = Field(None, description="id of a tokenizer of the lake; the lake's own when not given")
+
+    @model_validator(mode="after")
+    def _room_for_a_gap(self) -> PackConfig:
+        if self.fim_rate and self.sequence_length <= 4:
+            raise ValueError("pack.fim_rate needs a pack.sequence_length of more than 4: control tokens take three")
+        return self

@@ -7,9 +7,10 @@ in that paper's training on both, so that SPM looks like a PSM with an empty pre
 
 Cuts fall between tokens. The paper cuts between characters before it tokenizes, and finds cuts between tokens worse
 where the gap at inference lies within a token; gold.tokens holds the text's own tokens, which other readers rely on, so
-a prompt should end its prefix where a token ends. The paper also finds it better to rearrange what a sequence will hold
-than a document that is cut afterwards, whose pieces lose their control tokens: a caller that cuts a document may hand
-over each piece, with an id that names it. Left out: which pieces those are, and the end token.
+a prompt should end its prefix where a token ends. A document longer than a sequence is cut first and each piece
+rearranged by itself, so that a sequence always holds a gap with all that is around it: section 3.2 calls that FIM
+on the level of contexts, and section 4.4 finds it better than pieces of a rearranged document, which lose their control
+tokens. Left out: the end token.
 """
 
 from __future__ import annotations
@@ -61,6 +62,20 @@ class FillInTheMiddle:
         if spm < round(self.spm_rate * 2**64):
             return np.concatenate((prefix, suffix, after, middle, before, gap))
         return np.concatenate((prefix, before, suffix, after, middle, gap))
+
+    def rearrange_pieces(self, document_id: str, tokens: Tokens, length: int) -> Tokens:
+        """The document so that each `length` tokens of the result are a piece of it, rearranged by itself.
+
+        length: more than ``ADDED``. The last piece may be shorter.
+        """
+        room = length - ADDED
+        # The first piece is drawn as the document: one that fits is rearranged as it always was.
+        return np.concatenate(
+            [
+                self.rearrange(f"{document_id}/{start}" if start else document_id, tokens[start : start + room])
+                for start in range(0, len(tokens), room)
+            ]
+        )
 
     def _draws(self, document_id: str) -> tuple[int, int, int, int]:
         """Four even draws from 0 to 2^64 - 1."""

@@ -55,9 +55,12 @@ def cut_documents(
     for i, stored in enumerate(documents["tokens"]):
         known = [documents[name][i].as_py() for name in _NAMES[:3]]
         document = np.frombuffer(stored.as_buffer(), "<u4")
-        # Whole, before it is cut, so that a tail is the same in every run; held-out text stays as it reads.
+        # By the document alone, so that a tail is the same in every run; held-out text stays as it reads.
         if fim and known[1] == "train" and fim.applies(known[0], documents["kind"][i].as_py()):
-            document = fim.rearrange(known[0], document)
+            if config.mode == "concat":  # where it will be cut depends on what stands before it
+                document = fim.rearrange(known[0], document)
+            else:
+                document = fim.rearrange_pieces(known[0], document, config.sequence_length)
         document = np.append(document, np.uint32(end))
         if config.mode == "concat":
             rows.append((*known, 0, len(document), document.tobytes()))

@@ -50,6 +50,20 @@ def test_the_document_comes_back(name: str, document: list[int], spm_rate: float
     assert np.array_equal(fim(spm_rate=spm_rate, seed=seed).rearrange(name, tokens), out)
 
 
+@given(DOCUMENT.filter(len), st.integers(ADDED + 1, 12), st.sampled_from([0.0, 0.5, 1.0]))
+def test_each_piece_of_a_long_document_comes_back_by_itself(document: list[int], length: int, spm_rate: float) -> None:
+    tokens = np.array(document, "<u4")
+    out = fim(spm_rate=spm_rate).rearrange_pieces("d", tokens, length).tolist()
+    pieces = [out[start : start + length] for start in range(0, len(out), length)]
+    room = length - ADDED
+    assert len(pieces) == math.ceil(len(document) / room)
+    for number, piece in enumerate(pieces):
+        before, after, last = parts(piece)
+        assert before + last + after == document[number * room : (number + 1) * room]
+    if len(document) <= room:
+        assert out == fim(spm_rate=spm_rate).rearrange("d", tokens).tolist()
+
+
 def test_cuts_fall_everywhere_alike() -> None:
     """Two even draws among 4 + 1 places: the nine splits of PSM come in known shares."""
     tokens = np.arange(5, 9, dtype="<u4")
