@@ -7,8 +7,10 @@ after each of them with one that sees its present documents for the first time.
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,8 @@ from pyspark.sql import SparkSession
 from pipelines import lake as lakes
 from pipelines.clean import stage as clean
 from pipelines.clean.config import CleanConfig
+from pipelines.decontaminate import stage as decontaminate
+from pipelines.decontaminate.config import DecontaminateConfig
 from pipelines.dedup import stage as dedup
 from pipelines.dedup.config import DedupConfig
 from pipelines.lake import StageResult
@@ -40,6 +44,7 @@ LENGTH = 64
 RULE = {"name": "gopher_quality.min_words", "signal": "words", "kind": "text", "min": 30}
 STAGES: dict[str, tuple[Any, Any]] = {
     "clean": (clean.run, CleanConfig.model_validate({"rules": [RULE]})),
+    "decontaminate": (decontaminate.run, DecontaminateConfig()),  # its folder of evaluation sets: Follower
     "dedup": (dedup.run, DedupConfig(source_priority=("first",))),
     "tokenize": (tokenize.run, TokenizeConfig(validation_fraction=0.3)),
     "pack": (pack.run, PackConfig(sequence_length=LENGTH, groups=2)),
@@ -56,6 +61,15 @@ def document(rng: random.Random) -> dict[str, Any]:
         words[rng.randrange(len(words))] = rng.choice(WORDS)
     kind = "code" if base.random() < 0.3 else "text"
     return {"source": rng.choice(["first", "second"]), "kind": kind, "content": " ".join(words)}
+
+
+def evaluation_sets(folder: Path) -> Path:
+    """A folder with one set, whose item is the middle of one of the few texts."""
+    base = random.Random(2)
+    words = base.choices(WORDS, k=120)
+    folder.mkdir()
+    (folder / "leaked.jsonl").write_text(json.dumps({"text": " ".join(words[40:70])}) + "\n", encoding="utf-8")
+    return folder
 
 
 def identified(name: str) -> str:
@@ -97,14 +111,15 @@ def write_bronze(spark: SparkSession, lake: str, documents: Documents) -> None:
 class Follower:
     """A lake whose stages go on from what they saw last, and sometimes die on the way and are run again."""
 
-    def __init__(self, spark: SparkSession, lake: str) -> None:
+    def __init__(self, spark: SparkSession, lake: str, sets: Path) -> None:
         self.spark, self.lake = spark, lake
+        self.sets = DecontaminateConfig(sets=str(sets))
         self.seen: dict[str, dict[str, int]] = {}
 
     def run(self, documents: Documents, monkeypatch: pytest.MonkeyPatch | None = None) -> dict[str, StageResult]:
         write_bronze(self.spark, self.lake, documents)
         results = {}
-        for name, (stage, config) in STAGES.items():
+        for name, (stage, config) in (STAGES | {"decontaminate": (decontaminate.run, self.sets)}).items():
             if monkeypatch:
                 with monkeypatch.context() as patch:
                     patch.setattr(lakes, "version", dies_after(name))
@@ -119,11 +134,21 @@ class Follower:
 def dies_after(stage: str) -> Any:
     """``lake.version``, which a sync asks right after its commit, that raises when asked for a table of the stage's."""
     real = lakes.version
-    written = {"clean": SILVER_DOCUMENTS, "dedup": SILVER_MINHASH, "tokenize": GOLD_TOKENS, "pack": GOLD_SEQUENCES}
+    alive = 1 if stage == "decontaminate" else 0  # it asks for the version that it reads first
+    written = {
+        "clean": SILVER_DOCUMENTS,
+        "decontaminate": SILVER_DOCUMENTS,
+        "dedup": SILVER_MINHASH,
+        "tokenize": GOLD_TOKENS,
+        "pack": GOLD_SEQUENCES,
+    }
 
     def version(spark: SparkSession, lake: str, table: Table) -> int | None:
+        nonlocal alive
         if table is written[stage]:
-            raise OSError("killed")
+            alive -= 1
+            if alive < 0:
+                raise OSError("killed")
         return real(spark, lake, table)
 
     return version
@@ -132,6 +157,10 @@ def dies_after(stage: str) -> Any:
 def rows(spark: SparkSession, lake: str, table: Table, *left_out: str) -> Iterator[tuple[Any, ...]]:
     names = [n for n in table.schema.names if n not in ("run_id", *left_out)]
     yield from sorted(tuple(map(repr, row)) for row in lakes.read(spark, lake, table).select(*names).collect())
+
+
+def verdicts(spark: SparkSession, lake: str) -> Iterator[tuple[Any, ...]]:
+    return rows(spark, lake, SILVER_DOCUMENTS, *(n for n in SILVER_DOCUMENTS.schema.names if n != "rejected_by"))
 
 
 def encoded(spark: SparkSession, lake: str) -> Iterator[tuple[str, tuple[Any, ...]]]:
@@ -170,11 +199,12 @@ def check_sequences(spark: SparkSession, lake: str, end: int) -> dict[str, list[
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0])
 def test_any_history_ends_as_one_run_does(
-    spark: SparkSession, lake: str, seed: int, monkeypatch: pytest.MonkeyPatch
+    spark: SparkSession, lake: str, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = random.Random(seed)
+    sets = evaluation_sets(tmp_path / "sets")
     documents: Documents = {identified(f"0 {i}"): document(rng) for i in range(30)}
-    follower = Follower(spark, lake)
+    follower = Follower(spark, lake, sets)
     tokenizer = tokenizers.train([d["content"] for d in documents.values()], 400)
     tokenizers.save(lake, tokenizer)
     end = tokenizer.token_to_id("<|endoftext|>")
@@ -185,10 +215,11 @@ def test_any_history_ends_as_one_run_does(
         results = follower.run(documents, monkeypatch if step == 2 else None)
         fresh = f"{lake}-{step}"
         tokenizers.save(fresh, tokenizer)
-        Follower(spark, fresh).run(documents)
+        Follower(spark, fresh, sets).run(documents)
 
         for table in (SILVER_DOCUMENTS, SILVER_MINHASH):
             assert list(rows(spark, lake, table)) == list(rows(spark, fresh, table))
+        assert any("contaminated:leaked" in row[-1] for row in verdicts(spark, lake))
         assert clusters(spark, lake) == clusters(spark, fresh)
         for table, history in ((SILVER_DUPLICATES, "cluster_id"), (GOLD_TOKENS, "split")):
             assert list(rows(spark, lake, table, history)) == list(rows(spark, fresh, table, history))
