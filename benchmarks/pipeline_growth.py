@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.harness import OUT, machine, out
 from benchmarks.pipeline import make_tokenizer, run
 from benchmarks.pipeline_corpus import KINDS, CorpusConfig, build
-from benchmarks.processes import Meter
+from benchmarks.processes import Meter, reap
 
 ROOT = Path(__file__).resolve().parent.parent
 # One file in so many comes later.
 NEW = 11
 FILES = 8 * NEW
+# Seconds after which ingest trusts that a file's time tells whether it was changed again.
+FRESH = 3
 
 
 def scale(megabytes: float, multiples: list[float], folder: Path) -> dict[str, Any]:
@@ -78,11 +81,13 @@ def change(megabytes: float, folder: Path) -> dict[str, Any]:
             to = watched / path.relative_to(corpus)
             to.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, to)
+        time.sleep(FRESH)
 
     def pipeline(name: str, lake: Path) -> None:
         command = [sys.executable, "-m", "jobs.pipeline", "--lake", str(lake), "--config", str(settings)]
         with meter.stage(name) as counts:
             subprocess.run(command, cwd=ROOT, check=True, stdout=sys.stderr)
+            reap()
             counts["bytes"] = sum(path.stat().st_size for path in watched.glob("*/*.jsonl"))
         usage = meter.stages[-1]
         out.print(f"{name:<12} {usage.cpu:8.1f} CPU s {counts['bytes'] / 1e6:8.1f} MB of JSONL")

@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,6 +63,19 @@ class Meter:
         self.stages.append(
             Usage(stage=name, cpu=cpu, wall=wall, tree_bytes=tree_bytes, process_bytes=process_bytes, counts=counts)
         )
+
+
+def reap(timeout: float = 60) -> None:
+    """Wait until all that this process started, or took over, has ended; their CPU seconds are then its own.
+
+    For a stage that is a command: its JVM outlives it by a moment, in which it counts for the next stage, too.
+    """
+    until = time.monotonic() + timeout
+    while (children := psutil.Process().children()) and time.monotonic() < until:
+        for child in children:
+            with suppress(ChildProcessError):
+                os.waitpid(child.pid, os.WNOHANG)
+        time.sleep(0.05)
 
 
 def tree_cpu() -> float:
