@@ -8,7 +8,7 @@
 Data movement: forward is two products and a sum. The first reads the tokens' rows, by pointers or from a sorted copy,
 and leaves h, u and a; the second leaves one row an assignment, which the sum weighs and adds up token by token.
 Backward is four products, a pass between the first and the others that makes a again from h and u, and a sum; only x,
-h, u and the routing are kept for it. No atomics: every sum has a fixed order.
+h, u and the routing are kept for it. No sum is made by atomics: each has a fixed order.
 
 Legend: T tokens, D model width, F expert width, E experts, K chosen experts a token, N = T*K assignments.
 """
@@ -30,14 +30,15 @@ def _hopper_takes(x_TD: Tensor, F: int, routing: Routing) -> bool:
     """Whether the products that are written for Hopper compute this layer: full tiles of 16-bit numbers."""
     if not (x_TD.is_cuda and x_TD.element_size() == 2 and routing.tile_rows == 128 and min(x_TD.shape[1], F) >= 64):
         return False
-    return torch.cuda.get_device_capability(x_TD.device) == (9, 0) and _gluon()
+    # A ROCm device may have that capability, too.
+    return torch.version.hip is None and torch.cuda.get_device_capability(x_TD.device) == (9, 0) and _gluon()
 
 
 @cache
 def _gluon() -> bool:
-    """Whether this Triton's Gluon has what kernels/hopper.py is written in."""
+    """Whether this Triton's Gluon, which is experimental and changes, has what kernels/hopper.py is written in."""
     major, minor = (int(part) for part in triton.__version__.split(".")[:2])
-    return (major, minor) >= (3, 6)
+    return (3, 6) <= (major, minor) <= (3, 9)  # both ends were tried
 
 
 def _layer(x_TD: Tensor, weight_TK: Tensor, w1_EFD: Tensor, gated: bool, routing: Routing) -> Portable:

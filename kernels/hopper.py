@@ -5,11 +5,12 @@ The mathematics is that of `kernels.products`. Three things are done here that T
     warp specialisation   One warp (or four, where it gathers tokens) brings tiles of both operands into a ring of
                           shared memory; two warpgroups multiply, each its own 64 of a tile's 128 rows with the same
                           256 columns. While one of them stores its result the other keeps the tensor cores busy, and
-                          one whose rows lie past an expert's last row skips its products: a last tile costs half.
+                          one whose rows all lie past an expert's last row skips its products.
     meeting               Programs that share operands in L2 drift apart, until what one has read is gone when the next
                           comes (dbrx's product of a and w2 on an H100: 24.5 GB from memory instead of 8.6, 453
-                          instead of 737 TFLOP/s). Every _MEET steps the producers wait for each other, shortly, and
-                          never again after a wait in vain. No result depends on it.
+                          instead of 737 TFLOP/s). Every _MEET steps (of weights: every tile) the producers wait for
+                          each other, shortly, and never again after a wait in vain, as where another kernel holds
+                          multiprocessors: then they drift. No result depends on it.
     epilogue              A finished tile leaves in quarters of 64 columns, one being written to memory while the next
                           is computed; forward h, u and act(h) u leave together.
 
@@ -253,8 +254,6 @@ def _produce_rows(
                 slot, phase = next_slot(slot, phase, STAGES)
         expert, row, column_tile = expert_1, row_1, column_tile_1
         expert_1, row_1, column_tile_1 = expert_2, row_2, column_tile_2
-    if GATHER:
-        async_copy.wait_group(0)
 
 
 @gluon.jit
@@ -292,10 +291,11 @@ def make_ring(a_tiles, b_tiles, STAGES: gl.constexpr, GATHER: gl.constexpr):
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=129 if GATHER else 1)
         mbarrier.init(empty.index(i), count=2)
+    fence_async_shared()  # TMA, too, sees the barriers as they are now
     return a_tiles, b_tiles, full, empty
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["N"])
 def rows_kernel(
     a, token, a_row, b, b2, c, c2, c3, counter, offsets, tile_expert, tile_row, tile_count, columns, depth, N,
     PAIR: gl.constexpr, BY_DEPTH: gl.constexpr, GATED: gl.constexpr, GATHER: gl.constexpr, EVEN: gl.constexpr,

@@ -23,7 +23,8 @@ _GROUP = 8
 _STAGES = 4  # as many as shared memory holds beside the tiles that leave it
 _REGISTERS = 168  # a thread, before the roles share them out: 3 warpgroups fill a multiprocessor
 _MOST = 0x7FFF0000
-# Gathering tokens slows a product by 7 % (one of weights by a third) and spares a sorted copy, whose cost falls with F.
+# Gathering tokens slows a product by 7 % (one of weights by a third) and spares a sorted copy, which weighs the more,
+# the smaller F is.
 _GATHER_UP_BELOW = 1024
 _GATHER_BACKWARD_BELOW = 512
 # Beyond this depth Triton's own schedule of the gated product is the faster one (dbrx: 12.4 against 13.1 ms).
@@ -36,19 +37,35 @@ def _descriptor(t: Tensor, block: list[int], shape: list[int] | None = None, str
     return TensorDescriptor(t, shape or list(t.shape), strides or list(t.stride()), block, layout)
 
 
+def _rows(x: Tokens, gather: bool) -> Tokens | Tensor:
+    """Tokens to gather, where that pays and their rows are regular enough for copies of 16 bytes; else the sorted copy.
+
+    Triton knows of a number that it is a multiple of 16, or nothing.
+    """
+    return x if gather and x.x.shape[1] % 16 == 0 and x.x.stride(0) % 16 == 0 else x.sorted()
+
+
 def _ragged(t: Tensor, block: list[int]) -> Any:
     """Of [N, columns], as triton.tools.ragged_tma makes it: a window of rows that ends where its caller says."""
+    if t.shape[0] > RAGGED.value:
+        raise ValueError(
+            f"T*K={t.shape[0]} assignments (twice as many with a gate) are more than 2^30: split the batch"
+        )
     row = t.stride(0)
     return _descriptor(t, [1, 1, *block], [_MOST, _MOST, RAGGED.value, t.shape[1]], [2**34 - row, row, row, 1])
 
 
 class Hopper(Portable):
-    """The products of bfloat16 and float16 on compute capability 9.0, for tiles of 128 rows."""
+    """The products of bfloat16 and float16 on compute capability 9.0, for tiles of 128 rows.
+
+    For one forward or one backward: each product, of which these have four at most, uses up a counter.
+    """
 
     def __init__(self, routing: Routing, top_k: int, tiles: Tiles, device: torch.device) -> None:
         super().__init__(routing, top_k, tiles)
         self._programs = multiprocessors(device)
-        self._counters = list(torch.zeros(6, dtype=torch.int32, device=device))  # one for each product, at most
+        # 16 bytes each, so that Triton compiles a kernel once, whichever counter it gets.
+        self._counters = list(torch.zeros(6, 4, dtype=torch.int32, device=device))
 
     def up(self, x: Tokens, w1: Tensor, v1: Tensor | None, activation: str) -> tuple[Tensor, Tensor | None, Tensor]:
         if v1 is not None and w1.shape[2] > _LONGEST_GATED:
@@ -56,8 +73,7 @@ class Hopper(Portable):
         N, F = self.routing.order.shape[0], w1.shape[1]
         h, a = w1.new_empty(N, F), w1.new_empty(N, F)
         u = None if v1 is None else w1.new_empty(N, F)
-        gather = F < _GATHER_UP_BELOW
-        self._launch(x if gather else x.sorted(), w1, v1, h, u, a, activation=activation)
+        self._launch(_rows(x, F < _GATHER_UP_BELOW), w1, v1, h, u, a, activation=activation)
         return h, u, a
 
     def down(self, a: Tensor, w2: Tensor) -> Tensor:
@@ -66,7 +82,7 @@ class Hopper(Portable):
         return out
 
     def _gradient_of_a(self, dy: Tokens, w2: Tensor, g: Tensor) -> None:
-        self._launch(dy if w2.shape[1] < _GATHER_BACKWARD_BELOW else dy.sorted(), w2, None, g)
+        self._launch(_rows(dy, w2.shape[1] < _GATHER_BACKWARD_BELOW), w2, None, g)
 
     def to_x(self, dhu: Tensor, w1: Tensor, v1: Tensor | None) -> Tensor:
         rows = dhu.new_empty(dhu.shape[1], w1.shape[2])
@@ -117,15 +133,15 @@ class Hopper(Portable):
         results = [left.new_empty(E, rows, columns) for _ in range(halves)]
         if N == 0:
             return [result.zero_() for result in results]
-        gather = rows < _GATHER_BACKWARD_BELOW
+        b = _rows(right, rows < _GATHER_BACKWARD_BELOW)
         weights_kernel[(self._grid(E * halves * triton.cdiv(rows, ROWS.value) * triton.cdiv(columns, COLUMNS.value)),)](
             _ragged(left.reshape(-1, rows), [DEPTH.value, 64]),
-            right.x if gather else _ragged(right.sorted(), [DEPTH.value, COLUMNS.value]),
+            b.x if isinstance(b, Tokens) else _ragged(b, [DEPTH.value, COLUMNS.value]),
             self.routing.token, right.x.stride(0),
             *(_descriptor(r, [1, 64, QUARTER.value]) for r in (results[0], results[-1])), self._counters.pop(),
             self.routing.offsets, E, rows, columns, N,
-            HALVES=halves, GATHER=gather, EVEN=columns % COLUMNS.value == 0, GROUP=_GROUP, STAGES=_STAGES,
-            num_warps=4, maxnreg=_REGISTERS,
+            HALVES=halves, GATHER=isinstance(b, Tokens), EVEN=columns % COLUMNS.value == 0, GROUP=_GROUP,
+            STAGES=_STAGES, num_warps=4, maxnreg=_REGISTERS,
         )  # fmt: skip
         return results
 

@@ -93,8 +93,6 @@ def _produce_weights(
             else:
                 load(right, [RAGGED, end, inside, column], bar, b_tiles.index(slot))
             slot, phase = next_slot(slot, phase, STAGES)
-    if GATHER:
-        async_copy.wait_group(0)
 
 
 @gluon.jit
@@ -128,7 +126,7 @@ def _consume_weights(
     tma.store_wait(0)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["N"])
 def weights_kernel(
     left, right, token, right_row, c, c2, counter, offsets, E, rows, columns, N,
     HALVES: gl.constexpr, GATHER: gl.constexpr, EVEN: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
