@@ -83,7 +83,7 @@ class History:
         item = (Path(sysconfig.get_paths()["stdlib"]) / "json" / "encoder.py").read_text(encoding="utf-8")[2000:3000]
         (folder / "sets" / "leaked.jsonl").write_text(json.dumps({"text": item}) + "\n", encoding="utf-8")
         settings = {
-            "ingest": {"sources": [{"path": str(self.source), "mirror": True}]},
+            "ingest": {"sources": [{"path": str(self.source)}], "mirror": True},
             "decontaminate": {"sets": str(folder / "sets")},
             "train_tokenizer": {"vocab_size": 400},
             "tokenize": {"validation_fraction": 0.2},
