@@ -38,7 +38,8 @@ from pipelines.tables import TABLES, table_uri
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("json", "email", "asyncio")
-LEFT_OUT = {"run_id", "ingested_at", "at"}
+# Each history writes its files at its own time.
+LEFT_OUT = {"run_id", "ingested_at", "at", "source_modified_at"}
 
 
 @dataclass(frozen=True)
