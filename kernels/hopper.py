@@ -37,7 +37,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernels.products import activate
+from kernels.products import activate, in_groups
 
 ROWS = gl.constexpr(128)  # of a tile, 64 for each of two warpgroups
 COLUMNS = gl.constexpr(256)
@@ -53,15 +53,6 @@ TILE = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidt
 load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 save = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 load_each = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
-
-
-@gluon.jit
-def in_groups(tile, rows, columns, GROUP: gl.constexpr):
-    """(row, column) of a tile's number: GROUP rows walk through the columns together and share these in L2."""
-    size = GROUP * columns
-    first = (tile // size) * GROUP
-    height = gl.minimum(rows - first, GROUP)
-    return first + (tile % size) % height, (tile % size) // height
 
 
 @gluon.jit

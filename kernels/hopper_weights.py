@@ -25,7 +25,6 @@ from kernels.hopper import (
     RAGGED,
     ROWS,
     TILE,
-    in_groups,
     load,
     load_each,
     make_ring,
@@ -36,6 +35,7 @@ from kernels.hopper import (
     quarters,
     save,
 )
+from kernels.products import in_groups
 
 
 @gluon.jit

@@ -50,7 +50,7 @@ def activate(h, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _in_groups(tile, rows, columns, GROUP: tl.constexpr):
+def in_groups(tile, rows, columns, GROUP: tl.constexpr):
     """(row, column) of a tile's number: GROUP rows walk through the columns together and share these in L2."""
     size = GROUP * columns
     first = (tile // size) * GROUP
@@ -91,7 +91,7 @@ def rows_kernel(
     steps = tl.cdiv(depth, BK)
     total_steps = steps * 2 if PAIR else steps
     for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=FLATTEN):
-        row_tile, column_tile = _in_groups(tile, row_tiles, column_tiles, GROUP)
+        row_tile, column_tile = in_groups(tile, row_tiles, column_tiles, GROUP)
         expert = tl.load(tile_expert + row_tile)
         row = tl.load(tile_row + row_tile)
         begin = tl.load(offsets + expert)
@@ -162,7 +162,7 @@ def weights_kernel(
         # Both halves of an expert follow each other: they share the rows of `right` in L2.
         expert = tile // (HALVES * tiles)
         half = (tile // tiles) % HALVES
-        row_tile, column_tile = _in_groups(tile % tiles, row_tiles, column_tiles, GROUP)
+        row_tile, column_tile = in_groups(tile % tiles, row_tiles, column_tiles, GROUP)
         begin = tl.load(offsets + expert)
         end = tl.load(offsets + expert + 1)
         row = row_tile * BF
