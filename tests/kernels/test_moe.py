@@ -350,9 +350,15 @@ def test_the_operators_pass_opcheck(device: str) -> None:
         torch.library.opcheck(moe._backward, backward, test_utils=("test_schema", "test_faketensor"))
 
 
+# T, D, F, E, K: few rows an expert, and enough to fill the tiles of a GPU that has products of its own.
+LOADS = [(64, 64, 128, 8, 2), (2048, 256, 640, 8, 2)]
+
+
 @pytest.mark.parametrize("device", [CUDA])
-def test_it_compiles_whole_and_runs_in_a_cuda_graph(device: str) -> None:
-    case = make(64, 64, 128, 8, 2, torch.bfloat16, device)
+@pytest.mark.parametrize("size", LOADS, ids=str)
+def test_it_compiles_whole_and_runs_in_a_cuda_graph(device: str, size: tuple[int, ...]) -> None:
+    T, _, _, E, K = size
+    case = make(*size, torch.bfloat16, device)
     args = [case["x"], case["index"], case["weight"], case["w1"], case["v1"], case["w2"]]
     leaves = [a for a in args if a.requires_grad]
 
@@ -374,14 +380,16 @@ def test_it_compiles_whole_and_runs_in_a_cuda_graph(device: str) -> None:
     with torch.cuda.graph(graph):  # a copy to the host or a synchronisation would fail the capture
         captured = step()
     with torch.no_grad():
-        case["index"].copy_(torch.rand(64, 8, device=device).argsort(1)[:, :2])  # other experts, the same graph
-    graph.replay()
+        case["index"].copy_(torch.rand(T, E, device=device).argsort(1)[:, :K])  # other experts, the same graph
+    for _ in range(3):
+        graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(step(), captured, strict=True))
 
 
 @pytest.mark.parametrize("device", [CUDA])
-def test_nothing_waits_for_the_device(device: str) -> None:
-    case = make(64, 64, 128, 8, 2, torch.bfloat16, device)
+@pytest.mark.parametrize("size", LOADS, ids=str)
+def test_nothing_waits_for_the_device(device: str, size: tuple[int, ...]) -> None:
+    case = make(*size, torch.bfloat16, device)
     args = [case["x"], case["index"], case["weight"], case["w1"], case["v1"], case["w2"]]
     dropless_moe(*args).sum().backward()  # compiles the kernels, which may wait
     torch.cuda.set_sync_debug_mode("error")
