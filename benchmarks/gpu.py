@@ -102,6 +102,22 @@ def attempt(call: Callable[[], T]) -> tuple[T | None, str]:
     return None, why
 
 
+def captured(call: Callable[[], object], clock: Clock) -> Callable[[], object]:
+    """The call as a CUDA graph, to be replayed: what a server of few tokens does about the host's part."""
+    if not clock.cuda:
+        return call
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = call()
+    return lambda: (graph.replay(), kept)[0]
+
+
 def release() -> None:
     """Free what is no longer used."""
     gc.collect()

@@ -2,7 +2,7 @@
 
     python benchmarks/moe_layer.py                                   # six shapes, every contestant, balanced routing
     python benchmarks/moe_layer.py --shapes dbrx,7b --peers dense,lakemoe --profile
-    python benchmarks/moe_layer.py --shapes dbrx,mixtral --tokens 1,8,64 --forward-only
+    python benchmarks/moe_layer.py --shapes dbrx,mixtral --tokens 1,8,64 --forward-only --graph
     python benchmarks/moe_layer.py --skew 0,1 --peers dense,padded,lakemoe
     python benchmarks/moe_layer.py --device cpu --quick              # tries the script out; no measurement
 
@@ -182,7 +182,13 @@ def measure(entrants: Sequence[Contestant], case: Case, shape: Shape, clock: Clo
         if kind == "both" and asked.forward_only:
             continue
         calls: dict[str, Callable[[], object]] = {name: getattr(run, kind) for name, run in runs.items()}
+        refused = {}
+        if asked.graph:
+            made = {name: gpu.attempt(partial(gpu.captured, call, clock)) for name, call in calls.items()}
+            refused = {name: why for name, (call, why) in made.items() if call is None}
+            calls = {name: call for name, (call, _) in made.items() if call is not None}
         times, failed = gpu.interleave(calls, asked.repeats, clock)
+        failed |= refused
         for name, why in failed.items():
             figures[name]["status"] = f"failed: {why}"
         for name, seconds in times.items():
@@ -293,6 +299,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=20, help="rounds (count)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of the layer")
     parser.add_argument("--forward-only", action="store_true", help="time no backward")
+    parser.add_argument(
+        "--graph", action="store_true", help="time a CUDA graph of each: no host, no gaps of its making"
+    )
     parser.add_argument("--profile", action="store_true", help="print the kernels' times of lakemoe and dense")
     parser.add_argument("--quick", action="store_true", help="three rounds; on a CPU also tiny shapes")
     parser.add_argument("--device", dest="where", choices=("cuda", "cpu"), default="cuda", help="where it runs")

@@ -74,7 +74,7 @@ class Problem:
         self.out = torch.empty(N, D, device="cuda", dtype=torch.bfloat16)
         self.weight = torch.rand(T, K, generator=g, device="cuda")
         self.K, self.F, self.D, self.N, self.E = K, F, D, N, E
-        self.layer = Portable(self.routing, K, tiles(D, F, 128, 2, True))
+        self.layer = Portable(self.routing, K, tiles(D, F, 128, 2, True, E))
         self.copies = {id(t): self.layer.tokens(t).sorted() for t in (self.x, self.dy)}
         self.flops = {"up": 4, "down": 2, "down_backward": 2, "to_x": 4, "to_weights_up": 4, "to_weights_down": 2}
 

@@ -7,6 +7,7 @@ products are wrong. Everything else is the reference's.
 from __future__ import annotations
 
 import os
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -26,6 +27,22 @@ def use_triton(name: str, tensor: Tensor) -> bool:
             raise ValueError(f"{name} must be float32, float16 or bfloat16 on a GPU, not {tensor.dtype}")
         return True
     return interpreted() and tensor.dtype in (torch.float32, torch.float16)
+
+
+def hopper(tensor: Tensor) -> bool:
+    """Whether there are kernels written for the tensor's device, a Hopper GPU, and its dtype of 16 bits."""
+    if not tensor.is_cuda or tensor.element_size() != 2 or torch.version.hip is not None:
+        return False  # a ROCm device may have that capability, too
+    return torch.cuda.get_device_capability(tensor.device) == (9, 0) and _gluon()
+
+
+@cache
+def _gluon() -> bool:
+    """Whether this Triton's Gluon, which is experimental and changes, has what kernels/hopper.py is written in."""
+    import triton
+
+    major, minor = (int(part) for part in triton.__version__.split(".")[:2])
+    return (3, 6) <= (major, minor) <= (3, 9)  # both ends were tried
 
 
 def precision() -> str:

@@ -180,12 +180,18 @@ def _sdd(
     row_indices_t: Tensor,
     places_t: Tensor,
     walk: Tensor,
+    pairs: Tensor,
+    row_order: Tensor,
+    column_order: Tensor,
     block: int,
 ) -> Tensor:
     """Return the values [Z, block, block]."""
     from kernels import sparse_products
 
-    tensors = (row_offsets, column_indices, row_indices, column_offsets, row_indices_t, places_t, walk)
+    tensors = (
+        row_offsets, column_indices, row_indices, column_offsets, row_indices_t, places_t, walk, pairs, row_order,
+        column_order,
+    )  # fmt: skip
     return sparse_products.sdd(a_MK, b_KN, _topology(tensors, block))
 
 
@@ -205,6 +211,9 @@ def _product(
     row_indices_t: Tensor,
     places_t: Tensor,
     walk: Tensor,
+    pairs: Tensor,
+    row_order: Tensor,
+    column_order: Tensor,
     block: int,
     transposed: bool,
     left: bool,
@@ -212,7 +221,10 @@ def _product(
     """Return s dense where the sparse matrix is on the `left`, else dense s; s is the transpose if `transposed`."""
     from kernels import sparse_products
 
-    tensors = (row_offsets, column_indices, row_indices, column_offsets, row_indices_t, places_t, walk)
+    tensors = (
+        row_offsets, column_indices, row_indices, column_offsets, row_indices_t, places_t, walk, pairs, row_order,
+        column_order,
+    )  # fmt: skip
     topology = _topology(tensors, block)
     if left:
         return sparse_products.dsd(values, dense, topology, transposed)
@@ -240,7 +252,7 @@ def _differentiate_sdd(ctx: Any, dvalues: Tensor) -> tuple[Tensor | None, ...]:
     # da = ds b^T, db = a^T ds
     da_MK = _product(dvalues, b_KN.t(), *tensors, ctx.block, False, True) if needs_a else None
     db_KN = _product(dvalues, a_MK.t(), *tensors, ctx.block, False, False) if needs_b else None
-    return (da_MK, db_KN, *(None,) * 8)
+    return (da_MK, db_KN, *(None,) * 11)
 
 
 def _save_product(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -260,7 +272,7 @@ def _differentiate_product(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         dvalues = _sdd(first, second, *tensors, ctx.block)
     if needs_dense:  # y = s b: db = s^T dy. y = a s: da = dy s^T
         ddense = _product(values, dout, *tensors, ctx.block, not ctx.transposed, ctx.left)
-    return (dvalues, ddense, *(None,) * 10)
+    return (dvalues, ddense, *(None,) * 13)
 
 
 _sdd.register_autograd(_differentiate_sdd, setup_context=_save_sdd)

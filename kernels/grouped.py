@@ -15,37 +15,21 @@ Legend: T tokens, D model width, F expert width, E experts, K chosen experts a t
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
-import triton
 from torch import Tensor
 
+from kernels.backend import hopper
 from kernels.portable import Portable, describable
 from kernels.routing import Routing
 from kernels.tiles import tiles
 
 
-def _hopper_takes(x_TD: Tensor, F: int, routing: Routing) -> bool:
-    """Whether the products that are written for Hopper compute this layer: full tiles of 16-bit numbers."""
-    if not (x_TD.is_cuda and x_TD.element_size() == 2 and routing.tile_rows == 128 and min(x_TD.shape[1], F) >= 64):
-        return False
-    # A ROCm device may have that capability, too.
-    return torch.version.hip is None and torch.cuda.get_device_capability(x_TD.device) == (9, 0) and _gluon()
-
-
-@cache
-def _gluon() -> bool:
-    """Whether this Triton's Gluon, which is experimental and changes, has what kernels/hopper.py is written in."""
-    major, minor = (int(part) for part in triton.__version__.split(".")[:2])
-    return (3, 6) <= (major, minor) <= (3, 9)  # both ends were tried
-
-
 def _layer(x_TD: Tensor, weight_TK: Tensor, w1_EFD: Tensor, gated: bool, routing: Routing) -> Portable:
     """The layer's products on this device: Hopper's own, or those of any GPU."""
-    _, F, D = w1_EFD.shape
-    top_k, sizes = weight_TK.shape[1], tiles(D, F, routing.tile_rows, x_TD.element_size(), gated)
-    if _hopper_takes(x_TD, F, routing):
+    E, F, D = w1_EFD.shape
+    top_k, busy = weight_TK.shape[1], min(weight_TK.numel(), E)
+    sizes = tiles(D, F, routing.tile_rows, x_TD.element_size(), gated, busy)
+    if hopper(x_TD) and routing.tile_rows == 128 and min(D, F) >= 64:  # full tiles
         from kernels.hopper_layer import Hopper
 
         return Hopper(routing, top_k, sizes, x_TD.device)

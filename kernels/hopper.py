@@ -8,9 +8,9 @@ The mathematics is that of `kernels.products`. Three things are done here that T
                           one whose rows all lie past an expert's last row skips its products.
     meeting               Programs that share operands in L2 drift apart, until what one has read is gone when the next
                           comes (dbrx's product of a and w2 on an H100: 24.5 GB from memory instead of 8.6, 453
-                          instead of 737 TFLOP/s). Every _MEET steps (of weights: every tile) the producers wait for
-                          each other, shortly, and never again after a wait in vain, as where another kernel holds
-                          multiprocessors: then they drift. No result depends on it.
+                          instead of 737 TFLOP/s). Every MEET steps (where tiles differ: every few tiles) the producers
+                          wait for each other, shortly, and never again after a wait in vain, as where another kernel
+                          holds multiprocessors: then they drift. No result depends on it.
     epilogue              A finished tile leaves in quarters of 64 columns, one being written to memory while the next
                           is computed; forward h, u and act(h) u leave together.
 
@@ -43,7 +43,7 @@ ROWS = gl.constexpr(128)  # of a tile, 64 for each of two warpgroups
 COLUMNS = gl.constexpr(256)
 DEPTH = gl.constexpr(64)
 QUARTER = gl.constexpr(64)  # columns that leave shared memory together
-_MEET = gl.constexpr(64)  # steps
+MEET = gl.constexpr(64)  # steps
 PATIENCE = gl.constexpr(100)  # looks at the counter, some tens of microseconds
 RAGGED = gl.constexpr(1 << 30)  # rows of a ragged descriptor: triton.tools.ragged_tma
 _RESULT = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 256, 16]))
@@ -74,16 +74,28 @@ def next_slot(slot, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def multiply_slot(ring, slot, phase, a, b, acc, GATHER: gl.constexpr):
+    """acc + a b of the slot's tiles, and the next slot."""
+    _, _, full, empty = ring
+    STAGES: gl.constexpr = full.shape[0]
+    mbarrier.wait(full.index(slot), phase)
+    if GATHER:  # written by threads, read by the tensor cores
+        fence_async_shared()
+    acc = warpgroup_mma(a, b, acc, is_async=True)
+    # The other warpgroup's products run while this one waits.
+    acc = warpgroup_mma_wait(0, (acc,))
+    mbarrier.arrive(empty.index(slot), count=1)
+    slot, phase = next_slot(slot, phase, STAGES)
+    return acc, slot, phase
+
+
+@gluon.jit
 def multiply(ring, slot, phase, steps, WHICH: gl.constexpr, A_BY_DEPTH: gl.constexpr, B_BY_DEPTH: gl.constexpr,
               GATHER: gl.constexpr):  # fmt: skip
     """The sum over `steps` slots of the ring: [64, COLUMNS] float32, and where the ring goes on."""
-    a_tiles, b_tiles, full, empty = ring
-    STAGES: gl.constexpr = full.shape[0]
+    a_tiles, b_tiles, _, _ = ring
     acc = gl.zeros([64, COLUMNS], gl.float32, _RESULT)
     for _ in range(steps):
-        mbarrier.wait(full.index(slot), phase)
-        if GATHER:  # written by threads, read by the tensor cores
-            fence_async_shared()
         if A_BY_DEPTH:
             a = a_tiles.index(2 * slot + WHICH).reshape([DEPTH, 64]).permute((1, 0))
         else:
@@ -92,16 +104,12 @@ def multiply(ring, slot, phase, steps, WHICH: gl.constexpr, A_BY_DEPTH: gl.const
             b = b_tiles.index(slot).reshape([DEPTH, COLUMNS])
         else:
             b = b_tiles.index(slot).reshape([COLUMNS, DEPTH]).permute((1, 0))
-        acc = warpgroup_mma(a, b, acc, is_async=True)
-        # The other warpgroup's products run while this one waits.
-        acc = warpgroup_mma_wait(0, (acc,))
-        mbarrier.arrive(empty.index(slot), count=1)
-        slot, phase = next_slot(slot, phase, STAGES)
+        acc, slot, phase = multiply_slot(ring, slot, phase, a, b, acc, GATHER)
     return acc, slot, phase
 
 
 @gluon.jit
-def _pass_over(ring, slot, phase, steps):
+def pass_over(ring, slot, phase, steps):
     """Release `steps` slots unused."""
     _, _, full, empty = ring
     STAGES: gl.constexpr = full.shape[0]
@@ -113,15 +121,15 @@ def _pass_over(ring, slot, phase, steps):
 
 
 @gluon.jit
-def _halves(x):
+def halves(x):
     return x.reshape([x.shape[0], 2, x.shape[1] // 2]).permute(0, 2, 1).split()
 
 
 @gluon.jit
 def quarters(x):
-    first, second = _halves(x)
-    a, b = _halves(first)
-    c, d = _halves(second)
+    first, second = halves(x)
+    a, b = halves(first)
+    c, d = halves(second)
     return a, b, c, d
 
 
@@ -216,7 +224,7 @@ def _produce_rows(
         column = column_tile * WIDTH
         for half in gl.static_range(PAIR):
             for k in range(0, depth, DEPTH):
-                if (step % _MEET == 0) & (step < together):
+                if (step % MEET == 0) & (step < together):
                     target += programs
                     patience = meet(counter, target, patience)
                 step += 1
@@ -257,20 +265,30 @@ def _consume_rows(
     row_tiles = gl.load(tile_count)
     column_tiles = gl.cdiv(columns, WIDTH)
     steps = gl.cdiv(depth, DEPTH) * PAIR
+    tiles = row_tiles * column_tiles
+    pid = gl.program_id(0)
+    programs = gl.num_programs(0)
     slot = 0
     phase = 0
-    for tile in range(gl.program_id(0), row_tiles * column_tiles, gl.num_programs(0)):
-        row_tile, column_tile = in_groups(tile, row_tiles, column_tiles, GROUP)
-        expert = gl.load(tile_expert + row_tile)
-        row = gl.load(tile_row + row_tile) + 64 * WHICH
-        begin = gl.load(offsets + expert)
-        end = gl.load(offsets + expert + 1)
+    # As the producer does: no product waits until its tile is looked up.
+    row_tile, column_tile = in_groups(gl.minimum(pid, tiles - 1), row_tiles, column_tiles, GROUP)
+    expert, first = gl.load(tile_expert + row_tile), gl.load(tile_row + row_tile)
+    begin, end = gl.load(offsets + expert), gl.load(offsets + expert + 1)
+    row_tile, column_tile_1 = in_groups(gl.minimum(pid + programs, tiles - 1), row_tiles, column_tiles, GROUP)
+    expert_1, first_1 = gl.load(tile_expert + row_tile), gl.load(tile_row + row_tile)
+    for tile in range(pid, tiles, programs):
+        begin_1, end_1 = gl.load(offsets + expert_1), gl.load(offsets + expert_1 + 1)
+        row_tile, column_tile_2 = in_groups(gl.minimum(tile + 2 * programs, tiles - 1), row_tiles, column_tiles, GROUP)
+        expert_2, first_2 = gl.load(tile_expert + row_tile), gl.load(tile_row + row_tile)
+        row = first + 64 * WHICH
         column = column_tile * WIDTH
         if row < end:
             acc, slot, phase = multiply(ring, slot, phase, steps, WHICH, False, BY_DEPTH, GATHER)
             _finish(buffers, acc, c, c2, c3, begin, end, row, column, GATED, ACTIVATION)
         else:
-            slot, phase = _pass_over(ring, slot, phase, steps)
+            slot, phase = pass_over(ring, slot, phase, steps)
+        first, begin, end, column_tile = first_1, begin_1, end_1, column_tile_1
+        expert_1, first_1, column_tile_1 = expert_2, first_2, column_tile_2
     tma.store_wait(0)
 
 

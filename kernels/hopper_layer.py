@@ -13,15 +13,15 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernels.hopper import COLUMNS, DEPTH, QUARTER, RAGGED, ROWS, rows_kernel
+from kernels.hopper import COLUMNS, DEPTH, MEET, QUARTER, RAGGED, ROWS, rows_kernel
 from kernels.hopper_weights import weights_kernel
 from kernels.portable import Portable, Tokens, multiprocessors
 from kernels.routing import Routing
 from kernels.tiles import Tiles
 
 _GROUP = 8
-_STAGES = 4  # as many as shared memory holds beside the tiles that leave it
-_REGISTERS = 168  # a thread, before the roles share them out: 3 warpgroups fill a multiprocessor
+STAGES = 4  # as many as shared memory holds beside the tiles that leave it
+REGISTERS = 168  # a thread, before the roles share them out: 3 warpgroups fill a multiprocessor
 _MOST = 0x7FFF0000
 # Gathering tokens slows a product by 7 % (one of weights by a third) and spares a sorted copy, which weighs the more,
 # the smaller F is.
@@ -31,7 +31,8 @@ _GATHER_BACKWARD_BELOW = 512
 _LONGEST_GATED = 4096
 
 
-def _descriptor(t: Tensor, block: list[int], shape: list[int] | None = None, strides: list[int] | None = None) -> Any:
+def descriptor(t: Tensor, block: list[int], shape: list[int] | None = None, strides: list[int] | None = None) -> Any:
+    """Of tiles that lie in shared memory as the tensor cores read them."""
     width = min(128, block[-1] * t.element_size())
     layout = gl.NVMMASharedLayout(swizzle_byte_width=width, element_bitwidth=16, rank=len(block))
     return TensorDescriptor(t, shape or list(t.shape), strides or list(t.stride()), block, layout)
@@ -52,7 +53,12 @@ def _ragged(t: Tensor, block: list[int]) -> Any:
             f"T*K={t.shape[0]} assignments (twice as many with a gate) are more than 2^30: split the batch"
         )
     row = t.stride(0)
-    return _descriptor(t, [1, 1, *block], [_MOST, _MOST, RAGGED.value, t.shape[1]], [2**34 - row, row, row, 1])
+    return descriptor(t, [1, 1, *block], [_MOST, _MOST, RAGGED.value, t.shape[1]], [2**34 - row, row, row, 1])
+
+
+def every(depth: int) -> int:
+    """After how many tiles of that depth, on average, programs meet."""
+    return max(1, 2 * MEET.value * DEPTH.value // max(1, depth))
 
 
 class Hopper(Portable):
@@ -119,13 +125,13 @@ class Hopper(Portable):
         block = [1, DEPTH.value, COLUMNS.value] if by_depth else [1, width, DEPTH.value]
         stored, tile = [64, QUARTER.value], [64, DEPTH.value]
         rows_kernel[(self._grid(routing.tile_expert.shape[0] * triton.cdiv(columns, width)),)](
-            rows if gather else _descriptor(rows, tile), routing.token, rows.stride(0),
-            _descriptor(b, block), _descriptor(b if b2 is None else b2, block),
+            rows if gather else descriptor(rows, tile), routing.token, rows.stride(0),
+            descriptor(b, block), descriptor(b if b2 is None else b2, block),
             *(_ragged(c if t is None else t, stored) for t in (c, c2, c3)),
             self._counters.pop(), routing.offsets, routing.tile_expert, routing.tile_row, routing.tile_count,
             columns, depth, N,
             PAIR=pair, BY_DEPTH=by_depth, GATED=gated, GATHER=gather, EVEN=depth % DEPTH.value == 0,
-            ACTIVATION=activation, GROUP=_GROUP, STAGES=_STAGES, num_warps=4, maxnreg=_REGISTERS,
+            ACTIVATION=activation, GROUP=_GROUP, STAGES=STAGES, num_warps=4, maxnreg=REGISTERS,
         )  # fmt: skip
 
     def _launch_weights(self, left: Tensor, right: Tokens, E: int) -> list[Tensor]:
@@ -138,10 +144,10 @@ class Hopper(Portable):
             _ragged(left.reshape(-1, rows), [DEPTH.value, 64]),
             b.x if isinstance(b, Tokens) else _ragged(b, [DEPTH.value, COLUMNS.value]),
             self.routing.token, right.x.stride(0),
-            *(_descriptor(r, [1, 64, QUARTER.value]) for r in (results[0], results[-1])), self._counters.pop(),
-            self.routing.offsets, E, rows, columns, N,
+            *(descriptor(r, [1, 64, QUARTER.value]) for r in (results[0], results[-1])), self._counters.pop(),
+            self.routing.offsets, E, rows, columns, N, every(N // E),
             HALVES=halves, GATHER=isinstance(b, Tokens), EVEN=columns % COLUMNS.value == 0, GROUP=_GROUP,
-            STAGES=_STAGES, num_warps=4, maxnreg=_REGISTERS,
+            STAGES=STAGES, num_warps=4, maxnreg=REGISTERS,
         )  # fmt: skip
         return results
 

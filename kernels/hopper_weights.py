@@ -40,7 +40,7 @@ from kernels.products import in_groups
 
 @gluon.jit
 def _produce_weights(
-    ring, left, right, token, right_row, counter, offsets, E, rows, columns, N,
+    ring, left, right, token, right_row, counter, offsets, E, rows, columns, N, every,
     HALVES: gl.constexpr, GATHER: gl.constexpr, EVEN: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     a_tiles, b_tiles, full, empty = ring
@@ -59,7 +59,7 @@ def _produce_weights(
         r = gl.arange(0, DEPTH, gl.SliceLayout(1, layout))
         d = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
     for tile in range(gl.program_id(0), E * HALVES * tiles, programs):
-        if tile < together:
+        if (tile < together) & (tile // programs % every == 0):
             target += programs
             patience = meet(counter, target, patience)
         # Both halves of an expert follow each other: they share the rows of `right` in L2.
@@ -103,15 +103,21 @@ def _consume_weights(
     row_tiles = gl.cdiv(rows, ROWS)
     column_tiles = gl.cdiv(columns, COLUMNS)
     tiles = row_tiles * column_tiles
+    programs = gl.num_programs(0)
     slot = 0
     phase = 0
-    for tile in range(gl.program_id(0), E * HALVES * tiles, gl.num_programs(0)):
+    expert = gl.program_id(0) // (HALVES * tiles)
+    count = gl.load(offsets + expert + 1) - gl.load(offsets + expert)
+    for tile in range(gl.program_id(0), E * HALVES * tiles, programs):
+        # The next tile is looked up while this one is computed.
+        following = gl.minimum((tile + programs) // (HALVES * tiles), E - 1)
+        begin_1, end_1 = gl.load(offsets + following), gl.load(offsets + following + 1)
         expert = tile // (HALVES * tiles)
         half = (tile // tiles) % HALVES
         row_tile, column_tile = in_groups(tile % tiles, row_tiles, column_tiles, GROUP)
         row = row_tile * ROWS + 64 * WHICH
         column = column_tile * COLUMNS
-        count = gl.load(offsets + expert + 1) - gl.load(offsets + expert)
+        gl.assume(count >= 0)  # Triton drops what a loop carries if it only bounds another loop
         acc, slot, phase = multiply(ring, slot, phase, gl.cdiv(count, DEPTH), WHICH, True, True, GATHER)
         parts = quarters(acc)
         for i in gl.static_range(4):
@@ -123,19 +129,20 @@ def _consume_weights(
                 save(c, [expert, row, column + i * QUARTER], buffer)
             else:
                 save(c2, [expert, row, column + i * QUARTER], buffer)
+        count = end_1 - begin_1
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["N"])
 def weights_kernel(
-    left, right, token, right_row, c, c2, counter, offsets, E, rows, columns, N,
+    left, right, token, right_row, c, c2, counter, offsets, E, rows, columns, N, every,
     HALVES: gl.constexpr, GATHER: gl.constexpr, EVEN: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """c[e] = left^T right over e's rows, c2 of left's second half; zeros for an expert without rows.
 
     left: ragged descriptor of [HALVES*N, rows]. right: ragged descriptor of [N, columns], or with GATHER a pointer to
-    tokens [T, columns]. c, c2: descriptors of [E, rows, columns]. counter: zero. EVEN: columns is a multiple of
-    COLUMNS.
+    tokens [T, columns]. c, c2: descriptors of [E, rows, columns]. counter: zero. every: as many tiles as programs
+    take between meetings. EVEN: columns is a multiple of COLUMNS.
     """
     a_tiles = gl.allocate_shared_memory(c.dtype, [2 * STAGES] + left.block_type.shape, left.layout)
     if GATHER:
@@ -149,7 +156,7 @@ def weights_kernel(
         [
             (_consume_weights, (ring, mine, c, c2, offsets, E, rows, columns, gl.constexpr(0), HALVES, GATHER, GROUP)),
             (_consume_weights, (ring, other, c, c2, offsets, E, rows, columns, gl.constexpr(1), HALVES, GATHER, GROUP)),
-            (_produce_weights, (ring, left, right, token, right_row, counter, offsets, E, rows, columns, N,
+            (_produce_weights, (ring, left, right, token, right_row, counter, offsets, E, rows, columns, N, every,
                                 HALVES, GATHER, EVEN, GROUP)),
         ],
         [4, 4 if GATHER else 1],

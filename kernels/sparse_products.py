@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.backend import precision
+from kernels.backend import hopper, precision
 from kernels.topology import Topology
 
 
@@ -159,10 +159,16 @@ def sdd(a_MK: Tensor, b_KN: Tensor, topology: Topology) -> Tensor:
     values = a_MK.new_empty(topology.entries, block, block)
     if values.numel() == 0 or K == 0:
         return values.zero_()
+    (a_MK, a_turned), (b_KN, b_turned) = _stored(a_MK), _stored(b_KN)
+    if hopper(values) and block == 128:
+        from kernels import hopper_sparse
+
+        with torch.cuda.device_of(values):  # Triton launches on the current device
+            hopper_sparse.sdd(values, a_MK, a_turned, b_KN, b_turned, topology)
+        return values
     tile = _fit("sdd", block, block, a_MK)
-    a, a_turned = _describe(a_MK, block, tile.depth)
-    b, b_turned = _describe(b_KN, tile.depth, block)
-    with torch.cuda.device_of(a_MK):  # Triton launches on the current device
+    a, b = _describe(a_MK, a_turned, block, tile.depth), _describe(b_KN, b_turned, tile.depth, block)
+    with torch.cuda.device_of(a_MK):
         sdd_kernel[(topology.entries,)](
             a, b, _blocks(values, block, block), topology.row_indices, topology.column_indices, topology.walk,
             topology.shape[0] // block, K, A_TURNED=a_turned, B_TURNED=b_turned, **_numerics(a_MK),
@@ -173,39 +179,54 @@ def sdd(a_MK: Tensor, b_KN: Tensor, topology: Topology) -> Tensor:
 
 def dsd(values: Tensor, dense_KN: Tensor, topology: Topology, transposed: bool = False) -> Tensor:
     """The sparse matrix, or its transpose, times the dense one."""
-    return _product(values, dense_KN, topology, transposed, turned=False)
+    return _product(values, dense_KN, topology, transposed, left=True)
 
 
 def dds(dense_MK: Tensor, values: Tensor, topology: Topology, transposed: bool = False) -> Tensor:
     """The dense matrix times the sparse one, or its transpose."""
-    return _product(values, dense_MK.t(), topology, not transposed, turned=True)
+    return _product(values, dense_MK, topology, transposed, left=False)
 
 
-def _product(values: Tensor, right_KN: Tensor, topology: Topology, transposed: bool, turned: bool) -> Tensor:
-    """The sparse matrix, or its transpose, times `right`; where `turned` the result's transpose is what is stored."""
-    block, N = topology.block, right_KN.shape[1]
-    rows = topology.shape[1 if transposed else 0]
-    offsets, indices = topology.row_offsets, topology.column_indices
-    if transposed:
-        offsets, indices = topology.column_offsets, topology.row_indices_t
-    out = _pitched(values, (N, rows) if turned else (rows, N))
+def _product(values: Tensor, dense: Tensor, topology: Topology, transposed: bool, left: bool) -> Tensor:
+    """The sparse matrix, or its transpose, times dense; dense times it, if it is not on the `left`."""
+    block = topology.block
+    kept = topology.shape[1 if transposed == left else 0]  # of the sparse matrix's sides, the one that the result has
+    out = _pitched(values, (kept, dense.shape[1]) if left else (dense.shape[0], kept))
     if out.numel() == 0 or values.numel() == 0:
         return out.zero_().contiguous()
-    tile = _fit("product", block, N, values)
     values = values.contiguous()
     if values.data_ptr() % 16:  # a descriptor begins on 16 bytes
         values = values.clone()
-    left = _blocks(values, tile.depth, block) if transposed else _blocks(values, block, tile.depth)
-    right, right_turned = _describe(right_KN, tile.depth, tile.columns)
-    out_tile = [tile.columns, block] if turned else [block, tile.columns]
-    with torch.cuda.device_of(values):
-        product_kernel[(rows // block * triton.cdiv(N, tile.columns),)](
-            left, right, TensorDescriptor.from_tensor(out, out_tile), offsets, indices, topology.places_t,
-            rows // block, N, PLACED=transposed, LEFT_TURNED=transposed, RIGHT_TURNED=right_turned, OUT_TURNED=turned,
-            **_numerics(values), BLOCK=block, BN=tile.columns, BK=tile.depth, GROUP=_GROUP,
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+    dense, turned = _stored(dense)
+    with torch.cuda.device_of(values):  # Triton launches on the current device
+        if hopper(values) and block == 128:
+            from kernels import hopper_sparse
+
+            hopper_sparse.product(out, values, dense, turned, topology, transposed, left)
+        else:
+            # dds is the product of the transposes.
+            _portable_product(out, values, dense, turned == left, topology, transposed == left, turned=not left)
     return out.contiguous()
+
+
+def _portable_product(
+    out: Tensor, values: Tensor, right: Tensor, right_turned: bool, topology: Topology, transposed: bool, turned: bool
+) -> None:
+    """The sparse matrix, or its transpose, times `right` to out; to out's transpose where `turned`."""
+    block, (rows, N) = topology.block, out.t().shape if turned else out.shape
+    offsets, indices = topology.row_offsets, topology.column_indices
+    if transposed:
+        offsets, indices = topology.column_offsets, topology.row_indices_t
+    tile = _fit("product", block, N, values)
+    product_kernel[(rows // block * triton.cdiv(N, tile.columns),)](
+        _blocks(values, tile.depth, block) if transposed else _blocks(values, block, tile.depth),
+        _describe(right, right_turned, tile.depth, tile.columns),
+        TensorDescriptor.from_tensor(out, [tile.columns, block] if turned else [block, tile.columns]),
+        offsets, indices, topology.places_t, rows // block, N,
+        PLACED=transposed, LEFT_TURNED=transposed, RIGHT_TURNED=right_turned, OUT_TURNED=turned,
+        **_numerics(values), BLOCK=block, BN=tile.columns, BK=tile.depth, GROUP=_GROUP,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
 
 
 def _fit(product: str, block: int, columns: int, like: Tensor) -> Tile:
@@ -232,17 +253,21 @@ def _blocks(values: Tensor, rows: int, columns: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(values.view(-1, values.shape[2]), [rows, columns])
 
 
-def _describe(matrix: Tensor, rows: int, columns: int) -> tuple[TensorDescriptor, bool]:
-    """A descriptor of tiles [rows, columns], and whether it is the transpose that it describes.
+def _describe(matrix: Tensor, turned: bool, rows: int, columns: int) -> TensorDescriptor:
+    """A descriptor of tiles [rows, columns], of a matrix or, where `turned`, of its transpose."""
+    return TensorDescriptor.from_tensor(matrix, [columns, rows] if turned else [rows, columns])
 
-    A matrix that lies otherwise than a descriptor can say (neither side without gaps, or not on 16 bytes) is copied.
+
+def _stored(matrix: Tensor) -> tuple[Tensor, bool]:
+    """The matrix or its transpose, as a descriptor can say how it lies, and whether it is the transpose.
+
+    A matrix that lies otherwise (neither side without gaps, or not on 16 bytes) is copied.
     """
     if _describable(matrix):
-        return TensorDescriptor.from_tensor(matrix, [rows, columns]), False
+        return matrix, False
     if _describable(matrix.t()):
-        return TensorDescriptor.from_tensor(matrix.t(), [columns, rows]), True
-    copy = _pitched(matrix, (matrix.shape[0], matrix.shape[1])).copy_(matrix)
-    return TensorDescriptor.from_tensor(copy, [rows, columns]), False
+        return matrix.t(), True
+    return _pitched(matrix, (matrix.shape[0], matrix.shape[1])).copy_(matrix), False
 
 
 def _describable(matrix: Tensor) -> bool:

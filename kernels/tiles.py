@@ -57,6 +57,11 @@ _NARROW = Tiles(
     to_weights_down=Tile(128, 256, 64, 8, 3, copy=True),
 )
 _WIDE_FROM = 4096  # expert width
+# Few tokens an expert: the weights' way from memory is all that counts, and more of it is under way in narrow tiles;
+# narrower ones yet where those are fewer than multiprocessors (same card, 2026-11-26).
+_FEW = Tile(128, 128, 64, 4, 6)
+_FEWER = Tile(128, 64, 64, 4, 8)
+_MULTIPROCESSORS = 132
 # Below this expert width a copy of the tokens' rows costs more than gathering them in the product that reads them.
 _COPY_FROM = 512
 
@@ -80,18 +85,27 @@ def power_of_two(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def tiles(D: int, F: int, tile_rows: int, element_size: int, gated: bool) -> Tiles:
-    """The tiles for a layer of width D and expert width F whose routing has tiles of `tile_rows` rows."""
+def tiles(D: int, F: int, tile_rows: int, element_size: int, gated: bool, busy: int) -> Tiles:
+    """The tiles for a layer of width D and expert width F.
+
+    Its routing has tiles of `tile_rows` rows, and `busy` experts at most have tokens.
+    """
     small = element_size < 4
     large = _WIDE if F >= _WIDE_FROM else _NARROW
     if F < _COPY_FROM:
         # Pointers of the gathered operand need less shared memory than its tiles would: one more stage fits.
         large = replace(large, up=replace(large.up, copy=False, stages=4))
+
+    def of_rows(tile: Tile, columns: int, depth: int) -> Tile:
+        if tile_rows < 128:
+            tile = _FEW if busy * -(-columns // _FEW.columns) >= _MULTIPROCESSORS else _FEWER
+        return _fit(tile, tile_rows, columns, depth, small)
+
     return Tiles(
-        up=_fit(large.up, tile_rows, 2 * F if gated else F, D, small),
-        down=_fit(large.down, tile_rows, D, F, small),
-        down_backward=_fit(large.down_backward, tile_rows, F, D, small),
-        to_x=_fit(large.to_x, tile_rows, D, F, small),
+        up=of_rows(large.up, 2 * F if gated else F, D),
+        down=of_rows(large.down, D, F),
+        down_backward=of_rows(large.down_backward, F, D),
+        to_x=of_rows(large.to_x, D, F),
         to_weights_up=_fit(large.to_weights_up, power_of_two(F), D, tile_rows, small),
         to_weights_down=_fit(large.to_weights_down, power_of_two(F), D, tile_rows, small),
     )

@@ -27,6 +27,7 @@ BLOCKS = (16, 32, 64, 128)
 
 # Rows of blocks that sdd walks through together: of 132 programs at a time, 8 rows share 16 or so columns in L2.
 _WALK_ROWS = 8
+_LAST = torch.iinfo(torch.int64).max
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +52,13 @@ class Topology:
     """[Z] the row-major entry of each column-major one"""
     walk: Tensor
     """[Z] every row-major entry once, so that neighbours share rows and columns in the cache"""
+    pairs: Tensor
+    """[P, 2] the same, two row-major entries of one row at a time (of one column, if `pairs_share_columns`); -1 where a
+    second, or both, are missing"""
+    row_order: Tensor
+    """[R] every row once, those of many blocks first"""
+    column_order: Tensor
+    """[C] every column likewise"""
 
     @property
     def entries(self) -> int:
@@ -68,7 +76,15 @@ class Topology:
             self.row_indices_t,
             self.places_t,
             self.walk,
+            self.pairs,
+            self.row_order,
+            self.column_order,
         )
+
+    @property
+    def pairs_share_columns(self) -> bool:
+        """Whether pairs are of a column: the longer of the two on average leaves fewer entries without a second."""
+        return self.shape[0] > self.shape[1]
 
     @classmethod
     def from_mask(cls, mask: Tensor, block: int, max_blocks: int | None = None) -> Topology:
@@ -195,8 +211,23 @@ class Topology:
         R, C = grid
         group = row_indices // _WALK_ROWS
         key = (group.long() * (C + 1) + column_indices) * _WALK_ROWS + row_indices % _WALK_ROWS
-        walk = torch.argsort(key.masked_fill(row_indices == R, torch.iinfo(torch.int64).max), stable=True)
-        lists = (row_offsets, column_indices, row_indices, column_offsets, row_indices_t, places_t, walk)
+        key = key.masked_fill(row_indices == R, _LAST - 1)
+        if R > C:
+            column_t = torch.where(row_indices_t == R, C, column_indices[places_t])
+            pairs = _pairs(column_offsets, column_t, places_t, key)
+        else:
+            pairs = _pairs(row_offsets, row_indices, torch.arange(key.shape[0], device=key.device), key)
+        lists = (
+            row_offsets,
+            column_indices,
+            row_indices,
+            column_offsets,
+            row_indices_t,
+            places_t,
+            torch.argsort(key, stable=True),
+            pairs,
+            *(torch.argsort(offsets.diff(), descending=True, stable=True) for offsets in (row_offsets, column_offsets)),
+        )
         return cls(block, (R * block, C * block), *(index.to(torch.int32) for index in lists))
 
 
@@ -204,6 +235,19 @@ def _compress(mask_RC: Tensor, entries: int) -> tuple[Tensor, Tensor]:
     """(offsets of the rows, place r*C + c of each true entry in row-major order, some false place where inert)."""
     offsets = F.pad(torch.cumsum(mask_RC.sum(1), 0), (1, 0))
     return offsets, torch.argsort(mask_RC.reshape(-1).logical_not(), stable=True)[:entries]
+
+
+def _pairs(offsets: Tensor, line_Z: Tensor, entry_Z: Tensor, key: Tensor) -> Tensor:
+    """Topology.pairs, by the keys of the firsts; entry_Z are the row-major entries, listed line by line."""
+    Z, lines = entry_Z.shape[0], offsets.shape[0] - 1
+    place_Z = torch.arange(Z, device=key.device)
+    first_Z = (place_Z - offsets[line_Z]) % 2 == 0
+    follows_Z = F.pad(line_Z[1:] == line_Z[:-1], (0, 1))[:Z]
+    second_Z = torch.where(follows_Z, entry_Z.roll(-1), -1)
+    # Inert entries are a line of their own; each line has one entry without a second at most.
+    order = torch.argsort(key[entry_Z].masked_fill(~first_Z, _LAST), stable=True)[: (Z + lines + 1) // 2]
+    pairs = torch.stack([entry_Z, second_Z], 1)[order]
+    return pairs.masked_fill(~first_Z[order].unsqueeze(1), -1)
 
 
 def _check_block(block: int) -> None:

@@ -28,10 +28,11 @@ class Target:
 
 driver.set_active(Target())  # type: ignore[no-untyped-call]
 
-from kernels import hopper, hopper_layer, hopper_weights  # noqa: E402
+from kernels import hopper, hopper_layer, hopper_sparse, hopper_weights  # noqa: E402
 from kernels.portable import Tokens  # noqa: E402
 from kernels.routing import route  # noqa: E402
 from kernels.tiles import tiles  # noqa: E402
+from kernels.topology import Topology  # noqa: E402
 
 
 class Compiled:
@@ -58,13 +59,15 @@ class Sorted(Tokens):
 
 hopper_layer.rows_kernel = Compiled(hopper.rows_kernel)
 hopper_layer.weights_kernel = Compiled(hopper_weights.weights_kernel)
-hopper_layer.multiprocessors = lambda _: 132  # type: ignore[assignment]
+hopper_layer.multiprocessors = hopper_sparse.multiprocessors = lambda _: 132  # type: ignore[assignment]
+hopper_sparse.sdd_kernel = Compiled(hopper_sparse.sdd_kernel)
+hopper_sparse.product_kernel = Compiled(hopper_sparse.product_kernel)
 
 
 def compile_layer(D: int, F: int, gated: bool, activation: str, dtype: torch.dtype) -> None:
     T, E, K = 512, 4, 2
     routing = route(torch.zeros(T, K, dtype=torch.int64), E)
-    products = hopper_layer.Hopper(routing, K, tiles(D, F, 128, 2, gated), torch.device("cpu"))
+    products = hopper_layer.Hopper(routing, K, tiles(D, F, 128, 2, gated, E), torch.device("cpu"))
     x = Sorted(torch.empty(T, D, dtype=dtype), routing, K)
     w = torch.empty(E, F, D, dtype=dtype)
     dhu = torch.empty(2 if gated else 1, T * K, F, dtype=dtype)
@@ -78,3 +81,25 @@ def compile_layer(D: int, F: int, gated: bool, activation: str, dtype: torch.dty
 
 compile_layer(512, 1024, True, "silu", torch.bfloat16)  # sorted copies
 compile_layer(528, 272, False, "gelu", torch.float16)  # gathered tokens, uneven sizes
+
+
+def compile_sparse(dtype: torch.dtype) -> None:
+    for rows, columns in ((3, 2), (2, 3)):  # pairs that share a column, and a row
+        topology = Topology.from_mask(torch.ones(rows, columns, dtype=torch.bool), 128)
+        values = torch.empty(topology.entries, 128, 128, dtype=dtype)
+        (M, N), K = topology.shape, 264
+        for turned in (False, True):
+            a = torch.empty(*((K, M) if turned else (M, K)), dtype=dtype)
+            b = torch.empty(*((K, N) if turned else (N, K)), dtype=dtype)
+            hopper_sparse.sdd(values, a, turned, b, not turned, topology)
+            hopper_sparse.sdd(values, a, turned, b.view(b.shape[::-1]), turned, topology)
+    for transposed in (False, True):
+        for turned in (False, True):
+            for left in (False, True):
+                kept, summed = topology.shape[:: -1 if transposed == left else 1]
+                dense = torch.empty(*((summed, K) if turned != left else (K, summed)), dtype=dtype)
+                out = torch.empty(*((kept, K) if left else (K, kept)), dtype=dtype)
+                hopper_sparse.product(out, values, dense, turned, topology, transposed, left)
+
+
+compile_sparse(torch.bfloat16)

@@ -147,8 +147,11 @@ def test_any_topology_on_a_gpu(case: Case, transposed: bool, turned: bool) -> No
 @pytest.mark.parametrize("device", [CUDA])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("turned", [(False, False), (True, False), (False, True), (True, True)], ids=str)
-def test_larger_matrices_on_a_gpu(device: str, dtype: torch.dtype, turned: tuple[bool, bool]) -> None:
-    case = Case(24, 17, 1000, 128, dtype, device, density=0.3, turned=turned, spare=20)
+@pytest.mark.parametrize("size", [(24, 17), (17, 24)], ids=str)
+def test_larger_matrices_on_a_gpu(
+    device: str, dtype: torch.dtype, turned: tuple[bool, bool], size: tuple[int, int]
+) -> None:
+    case = Case(*size, 1000, 128, dtype, device, density=0.3, turned=turned, spare=20)
     check_sdd(case)
     for transposed in (False, True):
         check_products(case, transposed, turned[0])
@@ -289,9 +292,10 @@ def test_gradients_differentiate_again(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_the_same_bits_every_time(device: str) -> None:
+@pytest.mark.parametrize("dtype", DTYPES[::2], ids=str)  # on a GPU of two paths
+def test_the_same_bits_every_time(device: str, dtype: torch.dtype) -> None:
     size = (16, 16, 256, 128) if device == "cuda" else (3, 3, 24, 16)
-    case = Case(*size, torch.float32, device)
+    case = Case(*size, dtype, device)
     s, x = case.sparse(case.s), case.dense(case.s.shape[1], 40)
     first = sdd(case.a, case.b, case.topology).values, dsd(s, x), dds(x.t(), s.t())
     for _ in range(20 if device == "cuda" else 2):

@@ -41,6 +41,34 @@ def check(topology: Topology, mask: Tensor) -> None:
     assert sorted(topology.places_t.tolist()) == list(range(Z))
     assert sorted(topology.walk.tolist()) == list(range(Z))
     assert topology.walk.tolist()[found:] == list(range(found, Z))
+    check_pairs(topology, places)
+    lengths = [sum(r == n for r, _ in places) for n in range(R)], [sum(c == n for _, c in places) for n in range(C)]
+    for order, length in zip((topology.row_order, topology.column_order), lengths, strict=True):
+        assert order.tolist() == sorted(range(len(length)), key=lambda n: -length[n])
+
+
+def check_pairs(topology: Topology, places: list[tuple[int, int]]) -> None:
+    """Each entry stands in one pair, real ones first; of a line only the last of an odd number is alone."""
+    pairs = topology.pairs.tolist()
+    assert sorted(entry for pair in pairs for entry in pair if entry >= 0) == list(range(topology.entries))
+    firsts = [first for first, _ in pairs]
+    none = [first < 0 for first in firsts]
+    assert none == sorted(none)
+    assert all(second < 0 for first, second in pairs if first < 0)
+    real = [first < len(places) for first in firsts if first >= 0]
+    assert real == sorted(real, reverse=True)
+    axis = 1 if topology.pairs_share_columns else 0
+    alone = []
+    for first, second in pairs:
+        if 0 <= first < len(places):
+            line = places[first][axis]
+            if second < 0:
+                alone.append(line)
+            else:
+                assert places[second][axis] == line
+                assert places[second] > places[first]
+    lines = [place[axis] for place in places]
+    assert sorted(alone) == [line for line in sorted(set(lines)) if lines.count(line) % 2]
 
 
 @settings(max_examples=60, deadline=None)
