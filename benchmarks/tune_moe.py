@@ -112,7 +112,6 @@ class Problem:
 
         below = (1 << 30) if gather else 0
         hopper_layer._GATHER_UP_BELOW = hopper_layer._GATHER_BACKWARD_BELOW = below
-        hopper_layer._LONGEST_GATED = 1 << 30
         layer = hopper_layer.Hopper(self.routing, self.K, self.layer.tiles, self.x.device)
         if name == "up":
             h, u, a = layer.up(self.tokens(self.x), self.w1, self.v1, "silu")

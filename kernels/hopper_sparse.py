@@ -187,7 +187,7 @@ def _consume_sdd(ring, buffers, values, pairs, row_indices, walked, rows, depth,
     tma.store_wait(0)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["walked", "rows", "depth", "every"])
 def sdd_kernel(
     shared, own, values, counter, pairs, row_indices, column_indices, walked, rows, depth, every,
     SHARED_LEFT: gl.constexpr, SHARED_BY_DEPTH: gl.constexpr, OWN_BY_DEPTH: gl.constexpr, STAGES: gl.constexpr,
@@ -294,7 +294,7 @@ def _consume_product(
     tma.store_wait(0)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["rows", "columns", "every"])
 def product_kernel(
     sparse, dense, out, counter, order, offsets, indices, places, rows, columns, every,
     LEFT: gl.constexpr, PLACED: gl.constexpr, SPARSE_BY_DEPTH: gl.constexpr, DENSE_BY_DEPTH: gl.constexpr,

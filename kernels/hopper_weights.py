@@ -133,7 +133,7 @@ def _consume_weights(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["N"])
+@gluon.jit(do_not_specialize=["N", "every"])
 def weights_kernel(
     left, right, token, right_row, c, c2, counter, offsets, E, rows, columns, N, every,
     HALVES: gl.constexpr, GATHER: gl.constexpr, EVEN: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,

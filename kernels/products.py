@@ -193,7 +193,7 @@ def weights_kernel(
         c.store([expert, half ^ swap, row, column], tl.reshape(acc.to(c.dtype), [1, 1, BF, BD]))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def activate_backward_kernel(
     g, h, u, du, wa, weight, dweight, order, N, F,
     GATED: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,

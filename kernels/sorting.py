@@ -15,8 +15,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# What follows from the number of tokens is not specialised: no new number compiles anything again.
 
-@triton.jit
+
+@triton.jit(do_not_specialize=["N"])
 def count_kernel(index, counts, N, E, BINS: tl.constexpr, BLOCK: tl.constexpr):
     """BINS: a power of two above E, whose bin takes what lies past the end."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -25,7 +27,7 @@ def count_kernel(index, counts, N, E, BINS: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(counts + tl.program_id(0) * E + bins, tl.histogram(expert, BINS), bins < E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def scan_kernel(
     counts, tokens_per_expert, offsets, tile_end, tile_count, blocks, E,
     TILE_ROWS: tl.constexpr, BINS: tl.constexpr, CHUNK: tl.constexpr,
@@ -48,7 +50,7 @@ def scan_kernel(
     tl.store(tile_count, tl.sum(tiles, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "blocks", "tiles"])
 def place_kernel(
     index, counts, offsets, tile_end, order, inverse, token, tile_expert, tile_row, N, E, blocks, tiles, top_k,
     TILE_ROWS: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,

@@ -89,7 +89,7 @@ def _accumulate(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_end", "K"])
 def sdd_kernel(
     a, b, values, row_indices, column_indices, walk, row_end, K,
     A_TURNED: tl.constexpr, B_TURNED: tl.constexpr,
@@ -107,7 +107,7 @@ def sdd_kernel(
     values.store([entry * BLOCK, 0], acc.to(values.dtype))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "columns"])
 def product_kernel(
     left, right, out, offsets, indices, places, rows, columns,
     PLACED: tl.constexpr, LEFT_TURNED: tl.constexpr, RIGHT_TURNED: tl.constexpr, OUT_TURNED: tl.constexpr,
