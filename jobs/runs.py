@@ -152,7 +152,12 @@ def last_good(lake: str, job: str) -> list[dict[str, Any]]:
 
 
 def last_state(
-    lake: str, job: str, configuration: dict[str, Any], others: Mapping[str, int] | None = None
+    lake: str,
+    job: str,
+    configuration: dict[str, Any],
+    others: Mapping[str, int] | None = None,
+    *,
+    moving: str | None = None,
 ) -> dict[str, Any] | None:
     """The job's last good run, where what it left is still a state to go on from; None: the job looks at everything.
 
@@ -160,7 +165,8 @@ def last_state(
     nothing but recorded runs of other jobs and editions, and Delta's own upkeep, has written to its tables since. Code
     that was edited since its commit is never the same.
 
-    others: the versions of inputs that are no tables, as ops.runs names them.
+    others: the versions of inputs that are no tables, as ops.runs names them. moving: those whose names begin so may
+    be at other versions, as tables may.
     """
     if code_version().endswith(_DIRTY):
         return None
@@ -177,7 +183,10 @@ def last_state(
     last = own[-1] if own else None
     if last is None or (last["configuration"], last["code_version"]) != (wanted, code_version()) or not last["inputs"]:
         return None
-    if {name: v for name, v in versions(last["inputs"]).items() if name not in TABLES} != beside:
+    seen = {name: v for name, v in versions(last["inputs"]).items() if name not in TABLES}
+    if seen.keys() != beside.keys():
+        return None
+    if any(seen[name] != v for name, v in beside.items() if moving is None or not name.startswith(moving)):
         return None
     if all(_continued(lake, name, version, known) for name, version in versions(last["outputs"]).items()):
         return last

@@ -101,6 +101,11 @@ class Listing:
         return hash_version(digest.digest())
 
 
+def path_of(raw_path: bytes) -> str:
+    """A file's path as documents have it: bytes that are not UTF-8 become ``\\xNN``."""
+    return raw_path.decode("utf-8", "backslashreplace")
+
+
 def printable(path: str) -> str:
     """A path as text: bytes that are not UTF-8 become ``\\xNN``."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
@@ -199,6 +204,15 @@ def list_sources(config: IngestConfig, lake: str) -> dict[SourceConfig, Listing]
     return {s: list_source(i, s, exclude=exclude) for i, s in enumerate(config.resolved_sources())}
 
 
+# How ops.runs names what is no table and changes by itself: sources.
+FILES = "files:"
+
+
+def input_name(source: SourceConfig, listing: Listing) -> str:
+    """How a run's record names the source."""
+    return f"{FILES}{source.name}{'@' * bool(listing.revision)}{listing.revision}"
+
+
 def ingest_input(listings: Mapping[SourceConfig, Listing], erasures: int | None) -> dict[str, int]:
     """How a run's record names what it read, as it names tables at versions: ``files:SOURCE`` at a fingerprint, and
     ``erasures``, which documents were to stay out, at the version of ops.erasures (None where it is absent).
@@ -206,10 +220,7 @@ def ingest_input(listings: Mapping[SourceConfig, Listing], erasures: int | None)
     What comes from the hub is named ``files:SOURCE@REVISION``: from its record a run can be made again. Empty where one
     of them has none: then the next run reads all.
     """
-    found = {
-        f"files:{source.name}{'@' * bool(listing.revision)}{listing.revision}": listing.fingerprint()
-        for source, listing in listings.items()
-    }
+    found = {input_name(source, listing): listing.fingerprint() for source, listing in listings.items()}
     known = {name: value for name, value in found.items() if value is not None}
     return {**known, "erasures": -1 if erasures is None else erasures} if len(known) == len(found) else {}
 

@@ -4,19 +4,19 @@ Names are listed on the driver and spread as a DataFrame; contents are read once
 DataFrame kept on the executors' disks, from which both tables are written. A file's reading also says how many records
 it met, and the stage fails before it writes anything where documents and quarantined records do not make up that sum.
 
-Reading the same again writes nothing, and where the files' fingerprint is that of the last run the job spares it; a
-changed file updates its document; what is gone from the source is kept, unless the source is mirrored. Of two whole
-records with one id the first, by path and line, is the document (of pages the newest crawled), however the files are
-spread; the others are `duplicate_id`, known by path:line. A quarantine row goes when its record, or the file that it is
-a line of, is read again without the trouble; what it says of a document's record takes the document's place
-(`settle.py`).
+Reading the same again writes nothing, and where the files' fingerprint is that of the last run the job spares it;
+where some are new or changed, they alone are read (`known.py`). A changed file updates its document; what is gone from
+the source is kept, unless the source is mirrored. Of two whole records with one id the first, by path and line, is the
+document (of pages the newest crawled), however the files are spread; the others are `duplicate_id`, known by path:line.
+A quarantine row goes when its record, or the file that it is a line of, is read again without the trouble; what it says
+of a document's record takes the document's place (`settle.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
-import pyarrow as pa
 from pyspark import StorageLevel
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
@@ -25,7 +25,8 @@ from pipelines import lake as lakehouse
 from pipelines.changes import Since, keys
 from pipelines.errors import LakeError
 from pipelines.ingest.config import IngestConfig, SourceConfig
-from pipelines.ingest.listing import Listing, ingest_input, list_sources
+from pipelines.ingest.known import News, apart, apart_in_mirror, keep, news, places
+from pipelines.ingest.listing import Entry, Listing, ingest_input, list_sources
 from pipelines.ingest.settle import (
     carry_times,
     check_settled,
@@ -56,29 +57,60 @@ def run(
 ) -> lakehouse.StageResult:
     """Ingest every source of `config`.
 
-    since: given to every stage; what ingest reads is no table, so it looks at all of it. listed: what `list_sources`
-    found, where the caller has looked already.
-    Returns counts: records = documents + quarantined (also by reason, `quarantined.REASON`) + erased, files, skipped
+    since: the sources' fingerprints that the last run saw; None: every file is read. listed: what `list_sources` found,
+    where the caller has looked already.
+    Returns counts, of what was read: records = documents + quarantined (also by reason, `quarantined.REASON`) + erased,
+    files, files_unchanged (not read again), skipped
     (files that are compiled or media by their name), passed_over (an archive's records that are no pages), inserted,
     updated, deleted and what the tables now hold (`table_...`).
     Raises LakeError, exit code 2, for no input or a path that is not there; 1 where the counts do not add up.
     """
     listed = listed or list_sources(config, lake)
-    sources, listings = tuple(listed), list(listed.values())
-    entries = [entry for listing in listings for entry in listing.entries]
+    entries = [entry for listing in listed.values() for entry in listing.entries]
     if not entries:
-        where = ", ".join(source.path for source in sources)
+        where = ", ".join(source.path for source in listed)
         raise LakeError(f"There is no file to ingest in {where}: name a folder, a file or a glob that has some.", 2)
     for table in (BRONZE_DOCUMENTS, BRONZE_QUARANTINE):
         lakehouse.ensure(spark, lake, table)
     erasures = lakehouse.version(spark, lake, OPS_ERASURES)
 
-    read = reader(sources, tuple(listing.data_set for listing in listings), config.max_bytes)
+    result = None
+    if found := news(lake, listed, since):
+        result = _ingest(spark, lake, config, listed, found.entries, erasures, run_id, found)
+    if result is None:
+        result = _ingest(spark, lake, config, listed, entries, erasures, run_id, None)
+    assert result is not None
+    # What could not be read is tried again by the next run, though no name, size or time changes.
+    if "quarantined.unreadable" not in result.counts:
+        keep(lake, listed)
+        return replace(result, inputs=ingest_input(listed, erasures))
+    return result
+
+
+def _ingest(
+    spark: SparkSession,
+    lake: str,
+    config: IngestConfig,
+    listed: Listed,
+    entries: list[Entry],
+    erasures: int | None,
+    run_id: str,
+    found: News | None,
+) -> lakehouse.StageResult | None:
+    """Read these files and bring both tables in line.
+
+    found: what is new, where that is all that is read; then None, and nothing written, where it is not apart from the
+    rest.
+    """
+    data_sets = tuple(listing.data_set for listing in listed.values())
+    read = reader(tuple(listed), data_sets, config.max_bytes)
     records = spread(spark, entries).mapInArrow(read, lakehouse.spark_schema(RECORDS)).persist(StorageLevel.DISK_ONLY)
-    names = [source.name for source in sources]
+    names = [source.name for source in listed]
     try:
         files = records.where("met IS NOT NULL")
-        counts = {"files": len(entries), "skipped": sum(listing.skipped for listing in listings)}
+        counts = {"files": len(entries), "skipped": sum(listing.skipped for listing in listed.values())}
+        if found:
+            counts["files_unchanged"] = sum(len(listing.entries) for listing in listed.values()) - len(entries)
         counts |= _check_read(records, len(entries))
         settled = settle(records.where("met IS NULL"))
         if erasures is not None:
@@ -86,16 +118,27 @@ def run(
         counts |= check_settled(settled, counts["records"])
         stored = lakehouse.read(spark, lake, BRONZE_DOCUMENTS).where(F.col("source").isin(names))
         quarantine = without_unread(quarantine_of(settled, run_id), stored)
-        earlier = lakehouse.read(spark, lake, BRONZE_QUARANTINE).where(F.col("source").isin(names))
-        if not earlier.isEmpty():
-            places = _places(spark, listed)
-            quarantine = quarantine.unionByName(kept_quarantine(settled, files, places, earlier, config.mirror))
+        earlier: DataFrame | None = lakehouse.read(spark, lake, BRONZE_QUARANTINE).where(F.col("source").isin(names))
+        if earlier is not None and earlier.isEmpty():
+            earlier = None
+        if found:
+            doubts = apart(found, settled, stored, earlier)
+            if config.mirror:
+                doubts = doubts.union(apart_in_mirror(found, files, earlier))
+            # Of an erased record it is not known whether the one that is left out is this one.
+            if counts["erased"] or not doubts.isEmpty():
+                return None
+        if earlier is not None:
+            quarantine = quarantine.unionByName(_kept(settled, files, earlier, listed, found, config.mirror))
         # Fixed before the first table is written: what is replaced is known from the documents as they were.
         quarantine = quarantine.localCheckpoint()
         documents = carry_times(documents_of(settled, run_id), stored)
         left = replaced(settled, stored)
         if config.mirror:
-            left = left.union(gone(settled, files, stored))
+            mirrored = stored
+            if found:
+                mirrored = stored.join(places(spark, found.paths, "path"), ["source", "path"], "left_semi")
+            left = left.union(gone(settled, files, mirrored))
         # In one commit: rows of the ids in `left` are spoken of, and are no documents.
         spoken_of = keys(documents.select("document_id").union(left))
         added = lakehouse.sync(spark, lake, BRONZE_DOCUMENTS, documents, among=spoken_of)
@@ -107,24 +150,24 @@ def run(
     counts |= {"quarantine_inserted": held.inserted, "quarantine_deleted": held.deleted}
     for name, table in (("documents", BRONZE_DOCUMENTS), ("quarantine", BRONZE_QUARANTINE)):
         counts[f"table_{name}"] = lakehouse.read(spark, lake, table).count()
-    return lakehouse.StageResult(
-        counts=counts,
-        # What could not be read is tried again by the next run, though no name, size or time changes.
-        inputs={} if "quarantined.unreadable" in counts else ingest_input(listed, erasures),
-        outputs={BRONZE_DOCUMENTS.name: added.version, BRONZE_QUARANTINE.name: held.version},
-    )
+    outputs = {BRONZE_DOCUMENTS.name: added.version, BRONZE_QUARANTINE.name: held.version}
+    return lakehouse.StageResult(counts=counts, inputs={}, outputs=outputs)
 
 
-def _places(spark: SparkSession, listed: Listed) -> DataFrame:
-    """The files and folders that were read, by source and relative path."""
+def _kept(
+    settled: DataFrame, files: DataFrame, earlier: DataFrame, listed: Listed, found: News | None, mirror: bool
+) -> DataFrame:
+    """Rows of the earlier quarantine that stay: of what was not read because it is known, and `kept_quarantine`'s."""
+    spark = settled.sparkSession
+    if found:
+        read = found.read + (found.gone if mirror else [])
+        return kept_quarantine(settled, files, places(spark, read, "place"), earlier, mirror=False)
     read = [
         (source.name, place)
         for source, listing in listed.items()
         for place in [*(entry.relative for entry in listing.entries), *listing.folders]
     ]
-    return spark.createDataFrame(
-        pa.table([[name for name, _ in read], [place for _, place in read]], names=["source", "place"])
-    )
+    return kept_quarantine(settled, files, places(spark, read, "place"), earlier, mirror)
 
 
 def _check_read(records: DataFrame, files: int) -> dict[str, int]:

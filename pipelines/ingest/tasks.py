@@ -15,7 +15,7 @@ from pyspark.sql import DataFrame, SparkSession
 from pipelines.batches import Batches
 from pipelines.ingest.config import SourceConfig
 from pipelines.ingest.lines import RAW_BYTES
-from pipelines.ingest.listing import Entry
+from pipelines.ingest.listing import Entry, path_of
 from pipelines.ingest.read import Reading, read_entry
 from pipelines.ingest.records import Outcome
 from pipelines.tables import TIMESTAMP
@@ -74,7 +74,7 @@ def spread(spark: SparkSession, entries: list[Entry]) -> DataFrame:
     table = pa.table([pa.array(c, t) for c, t in zip(columns, _PATHS.types, strict=True)], schema=_PATHS)
     cores = spark.sparkContext.defaultParallelism
     tasks = max(2 * cores, sum(entry.size for entry in entries) // _TASK_BYTES)
-    return spark.createDataFrame(table).repartition(min(tasks, len(entries)), "raw_path", "relative")
+    return spark.createDataFrame(table).repartition(max(1, min(tasks, len(entries))), "raw_path", "relative")
 
 
 def reader(
@@ -99,7 +99,7 @@ def _rows(
 ) -> Iterator[tuple[Any, ...]]:
     """Rows of RECORDS: one file's records, then the file's own row with their number."""
     source = sources[entry.source]
-    path = entry.raw_path.decode("utf-8", "backslashreplace")
+    path = path_of(entry.raw_path)
     reading = Reading()
     for line, outcome in enumerate(read_entry(source, entry, max_bytes, reading, data_sets[entry.source])):
         yield _row(

@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import posixpath
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
-import pyarrow.fs
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -21,6 +18,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from pipelines import lake as tables_of
 from pipelines.changes import Since
 from pipelines.errors import LakeError
+from pipelines.files import read_file, write_file
 from pipelines.lake import StageResult
 from pipelines.tables import SILVER_DOCUMENTS, SILVER_DUPLICATES, SPECIAL_TOKENS, hash_version, tokenizer_uri
 from pipelines.tokenize.config import TrainTokenizerConfig
@@ -163,33 +161,6 @@ def tokenizer_json(lake: str, tokenizer_id: str) -> str:
             f"{tokenizer_uri(lake, tokenizer_id)} was changed: its sha256 is not its name; restore the file."
         )
     return content.decode()
-
-
-def read_file(uri: str) -> bytes | None:
-    """The bytes of a file in the lake; None where it is absent."""
-    system, path = _filesystem(uri)
-    if system.get_file_info(path).type == pyarrow.fs.FileType.NotFound:
-        return None
-    with system.open_input_stream(path) as stream:
-        return bytes(stream.read())
-
-
-def write_file(uri: str, content: bytes) -> None:
-    """Write a file of the lake whole or not at all: a rename ends it (object stores do the same by themselves)."""
-    system, path = _filesystem(uri)
-    system.create_dir(posixpath.dirname(path), recursive=True)
-    draft = f"{path}.draft" if isinstance(system, pyarrow.fs.LocalFileSystem) else path
-    with system.open_output_stream(draft) as stream:
-        stream.write(content)
-    if draft != path:
-        system.move(draft, path)
-
-
-def _filesystem(uri: str) -> tuple[pyarrow.fs.FileSystem, str]:
-    if "://" in uri:
-        system, path = pyarrow.fs.FileSystem.from_uri(uri)
-        return system, str(path)
-    return pyarrow.fs.LocalFileSystem(), str(Path(uri).absolute())
 
 
 def _pointer(lake: str) -> str:
