@@ -2,7 +2,7 @@
 
     python benchmarks/block_sparse.py                                # all settings, products and transpositions
     python benchmarks/block_sparse.py --settings 0.1,0.9 --products dsd
-    python benchmarks/block_sparse.py --sweep --settings 0.5         # other tiles for the kernels, the fastest first
+    python benchmarks/block_sparse.py --sweep --settings 0.5         # the portable kernels at other tiles, best first
     python benchmarks/block_sparse.py --device cpu --quick           # tries the script out; no measurement
 
 Settings: random topologies of 8192 x 8192 with blocks of 128 and K = 8192, by their density; and the block diagonals of
@@ -181,7 +181,7 @@ def make(kind: str, layout: str, setting: Setting, topology: Topology, dtype: to
 
 
 def sweep_tiles(kind: str) -> dict[str, Callable[[Callable[[], Tensor]], Tensor]]:
-    """Ways to call a product with other tiles than the kernels' own, by name; none where Triton is not used."""
+    """Ways to call a product of the portable kernels with other tiles than their own, by name."""
     from kernels import sparse_products
     from kernels.sparse_products import Tile
 
@@ -191,12 +191,13 @@ def sweep_tiles(kind: str) -> dict[str, Callable[[Callable[[], Tensor]], Tensor]
         sizes += [(256, 64, 8, 3), (256, 64, 8, 4), (256, 32, 8, 4), (64, 64, 4, 4)]
 
     def call(tile: Tile, product: Callable[[], Tensor]) -> Tensor:
-        own = sparse_products.TILES[table]
-        sparse_products.TILES[table] = tile
+        own = sparse_products.TILES[table], sparse_products.hopper
+        # On Hopper blocks of 128 have kernels of their own, whose tiles are fixed.
+        sparse_products.TILES[table], sparse_products.hopper = tile, lambda _: False
         try:
             return product()
         finally:
-            sparse_products.TILES[table] = own
+            sparse_products.TILES[table], sparse_products.hopper = own
 
     return {str(size): partial(call, Tile(*size)) for size in sizes}
 

@@ -7,7 +7,7 @@ two warpgroups: one operand's tile they share, of the other each has its own.
     dsd    one row of blocks by 256 columns: they share the sparse block
     dds    256 rows by one column of blocks: the same
 
-So a step brings 48 KiB for 2^22 multiply-adds, as much as a dense product's; entries taken one by one need a third
+So a step brings 48 KiB for 2^21 multiply-adds, as much as a dense product's; entries taken one by one need a third
 more. Rows of blocks are taken by their length, the longest first: of programs that take tiles in turn each then comes
 to about the same work.
 
@@ -134,7 +134,7 @@ def _produce_sdd(ring, shared, own, counter, pairs, row_indices, column_indices,
         if real:
             real = gl.load(row_indices + first) < rows
         if real:
-            other = gl.maximum(second, first)
+            other = gl.where(second >= 0, second, first)
             if SHARED_LEFT:
                 row = gl.load(row_indices + first) * BLOCK
                 one = gl.load(column_indices + first) * BLOCK
@@ -196,7 +196,7 @@ def sdd_kernel(
 
     shared: the operand whose tile a pair shares, a if SHARED_LEFT, else b; own: the other. Descriptors of tiles
     [BLOCK, DEPTH], or BY_DEPTH [DEPTH, BLOCK]. pairs: Topology.pairs.
-    counter: zero. every: as many pairs as programs take between meetings.
+    counter: zero. every: as many pairs as programs take between meetings, which within a pair come every MEET steps.
     """
     shared_tiles = gl.allocate_shared_memory(shared.dtype, [STAGES] + shared.block_type.shape, shared.layout)
     own_tiles = gl.allocate_shared_memory(own.dtype, [2 * STAGES] + own.block_type.shape, own.layout)
@@ -245,6 +245,7 @@ def _produce_product(
         next_index = gl.load(indices + ahead)
         next_place = gl.load(places + ahead) if PLACED else ahead
         for entry in range(begin, end):
+            # + 0: what a loop carries under two names, Triton has lost before.
             index = next_index + 0
             place = next_place + 0
             ahead = gl.minimum(entry + 1, end - 1)

@@ -71,7 +71,7 @@ def _store_rows(c, tile, begin, end, row, column, ROWS: tl.constexpr, COLUMNS: t
     c.store([past, last, first, column], tl.reshape(tile.to(c.dtype), [1, 1, ROWS, COLUMNS]))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["swap"])  # it follows from addresses
 def rows_kernel(
     a, b, c, c2, c3, token, offsets, tile_expert, tile_row, tile_count, a_row, columns, depth, swap,
     EVEN_DEPTH: tl.constexpr, GATHER: tl.constexpr, BY_DEPTH: tl.constexpr, PAIR: tl.constexpr,
@@ -144,7 +144,7 @@ def rows_kernel(
             _store_rows(c3, value, begin, end, row, column, BM, BN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["swap"])
 def weights_kernel(
     left, right, c, token, offsets, right_row, E, rows, columns, swap,
     HALVES: tl.constexpr, EVEN_COLUMNS: tl.constexpr, GATHER: tl.constexpr, PRECISION: tl.constexpr, RUNS: tl.constexpr,

@@ -1,4 +1,4 @@
-"""Triton kernels of the block-sparse products: sdd, and one kernel for dsd and dds.
+"""The block-sparse products on a GPU: sdd, and one kernel for dsd and dds, in Triton.
 
     sdd        s[r, c] = sum over k of a[r, k] b[k, c]            for every entry (r, c) of the topology
     product    out[r, n] = sum over row r's entries (r, c) of s[r, c] x[c, n]
@@ -13,6 +13,8 @@ program makes one tile of the result, in registers, and stores it once: no atomi
 makes one block a program, walking so that neighbours share rows and columns in L2; product's programs go in groups of
 rows for the same reason. The depth of sdd's loop is K; of product's, all blocks of a row, one after the other: rows of
 many blocks take longer, and the hardware gives the next tile to whichever multiprocessor is free.
+
+On a Hopper GPU blocks of 128 in 16 bits take the kernels of `kernels.hopper_sparse` instead.
 
 Long float32 sums are made in runs of eight steps, since one long float32 sum rounds by its length.
 
@@ -145,7 +147,8 @@ class Tile:
     stages: int
 
 
-# For blocks of 128 in two bytes. Two programs fit one multiprocessor: one stores while the other multiplies.
+# For blocks of 128 in two bytes, where kernels/hopper_sparse.py does not have them. Two programs fit one
+# multiprocessor: one stores while the other multiplies.
 TILES = {"sdd": Tile(128, 64, 4, 3), "product": Tile(128, 64, 4, 3)}
 # By the registers that they need: entries of four bytes as tf32, entries of four bytes without tensor cores, and
 # entries of two bytes where there is no TMA.

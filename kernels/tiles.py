@@ -61,7 +61,7 @@ _WIDE_FROM = 4096  # expert width
 # narrower ones yet where those are fewer than multiprocessors (same card, 2026-11-26).
 _FEW = Tile(128, 128, 64, 4, 6)
 _FEWER = Tile(128, 64, 64, 4, 8)
-_MULTIPROCESSORS = 132
+_MULTIPROCESSORS = 132  # of that card
 # Below this expert width a copy of the tokens' rows costs more than gathering them in the product that reads them.
 _COPY_FROM = 512
 
