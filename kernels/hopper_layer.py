@@ -24,8 +24,8 @@ STAGES = 4  # as many as shared memory holds beside the tiles that leave it
 REGISTERS = 168  # a thread, before the roles share them out: 3 warpgroups fill a multiprocessor
 _MOST = 0x7FFF0000
 # Gathering tokens slows a product of rows by 7 % (15 at F > 10,000) and one of weights by a quarter. A sorted copy
-# costs the same at any F: at K = 8 as much as gathering does at F = 1600 to 1700 forward and 500 backward, at K = 4 and 2
-# at half of that (an H200; both were measured at all six shapes).
+# costs the same at any F: at K = 8 as much as gathering does at F = 1600 to 1700 forward and 500 backward, at K = 4 and
+# 2 at half of that (an H200; both were measured at all six shapes).
 _GATHER_UP_BELOW = 1536
 _GATHER_BACKWARD_BELOW = 512
 

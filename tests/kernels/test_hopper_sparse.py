@@ -1,6 +1,6 @@
 """The block-sparse products for Hopper where programs take many tiles, or cannot all run at once.
 
-test_block_sparse.py has them at every transposition, in torch.compile and in a CUDA graph; test_hopper.py compiles them.
+test_block_sparse.py has them at every transposition, in torch.compile and in a CUDA graph.
 """
 
 from __future__ import annotations
