@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from model.errors import ModelError
@@ -86,18 +87,14 @@ class SequenceReader:
         snapshot, S = self.snapshot, self.snapshot.sequence_length
         b = len(indices)
         tokens = np.empty((b, S), dtype=np.int64)
-        segments = np.empty((b, S), dtype=np.int32)
-        positions = np.empty((b, S), dtype=np.int32)
+        lengths_by_row, padded = [], np.empty(b, dtype=bool)
         for out, index in enumerate(indices):
             group = self._group(int(snapshot.file_N[index]), int(snapshot.row_group_N[index]))
             row = int(snapshot.row_N[index])
             tokens[out] = group.tokens_RS[row]
-            lengths = group.segment_lengths[group.segment_offsets[row] : group.segment_offsets[row + 1]]
-            ids = np.arange(len(lengths), dtype=np.int32)
-            if group.pad_R[row]:
-                ids[-1] = -1
-            segments[out] = np.repeat(ids, lengths)
-            positions[out] = np.arange(S) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+            lengths_by_row.append(group.segment_lengths[group.segment_offsets[row] : group.segment_offsets[row + 1]])
+            padded[out] = group.pad_R[row] > 0
+        segments, positions = _segments(lengths_by_row, padded, S)
         mask = (segments >= 0) & (positions > 0)
         return Batch(
             tokens=torch.from_numpy(tokens),
@@ -131,10 +128,10 @@ class SequenceReader:
             raise ModelError(f"{path} cannot be read any more ({error}); restore the file or pack again.") from error
         if any(table[c].null_count for c in table.column_names):
             raise ModelError(f"{path} holds nulls where tokens should be; pack again.")
-        raw = table["tokens"].to_pylist()
-        if any(len(value) != 4 * S for value in raw):
+        if bool(pc.any(pc.not_equal(pc.binary_length(table["tokens"]), 4 * S)).as_py()):
             raise ModelError(f"{path} holds a sequence that is not {S} tokens long; pack again.")
-        tokens = np.frombuffer(b"".join(raw), dtype="<u4").reshape(len(raw), S)
+        views = [_view(chunk, S) for chunk in table["tokens"].chunks]
+        tokens = views[0] if len(views) == 1 else np.concatenate(views)
         lists = table["segment_lengths"].combine_chunks()
         lists = lists.chunk(0) if isinstance(lists, pa.ChunkedArray) else lists
         offsets = lists.offsets.to_numpy().astype(np.int64)
@@ -145,6 +142,27 @@ class SequenceReader:
         if bool((lengths <= 0).any() or (sums != S).any() or ((pads > 0) & (pads != last)).any()):
             raise ModelError(f"{path} holds segment lengths that do not add up to {S}; pack again.")
         return _RowGroup(tokens, offsets, lengths, pads)
+
+
+def _view(chunk: pa.BinaryArray, S: int) -> npt.NDArray[np.uint32]:
+    """The chunk's sequences where Arrow decoded them: its values, 4*S bytes each, lie one behind the other."""
+    _, offsets, values = chunk.buffers()
+    begin = int(np.frombuffer(offsets, np.int32)[chunk.offset])
+    return np.frombuffer(values, dtype="<u4", count=len(chunk) * S, offset=begin).reshape(-1, S)
+
+
+def _segments(
+    lengths_by_row: Sequence[npt.NDArray[np.int64]], padded: npt.NDArray[np.bool_], S: int
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """Segment ids (-1 on padding, a padded row's last segment) and positions of rows of these segments, [b, S] each."""
+    lengths = np.concatenate(lengths_by_row)
+    counts = np.fromiter(map(len, lengths_by_row), np.int64, len(lengths_by_row))
+    ends = np.cumsum(counts)
+    ids = np.arange(len(lengths), dtype=np.int32) - np.repeat(ends - counts, counts).astype(np.int32)
+    ids[ends[padded] - 1] = -1
+    begins = (np.cumsum(lengths) - lengths).astype(np.int32)
+    positions = np.arange(len(counts) * S, dtype=np.int32) - np.repeat(begins, lengths)
+    return np.repeat(ids, lengths).reshape(-1, S), positions.reshape(-1, S)
 
 
 def in_order(snapshot: Snapshot, batch_size: int) -> Iterator[Batch]:
