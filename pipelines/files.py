@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import posixpath
 from pathlib import Path
+from uuid import uuid4
 
 import pyarrow.fs
 
@@ -21,7 +22,7 @@ def write_file(uri: str, content: bytes) -> None:
     """Write a file of the lake whole or not at all: a rename ends it (object stores do the same by themselves)."""
     system, path = _filesystem(uri)
     system.create_dir(posixpath.dirname(path), recursive=True)
-    draft = f"{path}.draft" if isinstance(system, pyarrow.fs.LocalFileSystem) else path
+    draft = f"{path}.{uuid4().hex}.draft" if isinstance(system, pyarrow.fs.LocalFileSystem) else path
     with system.open_output_stream(draft) as stream:
         stream.write(content)
     if draft != path:

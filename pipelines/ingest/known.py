@@ -5,21 +5,24 @@ next run by the same settings takes a file for read where name, format, size and
 (`listing.py` says what a time is), and reads what is new or changed.
 
 That gives the tables that reading everything gives, unless a record of a file that is not read depends on one that is:
-where two files have records of one id, the first file's is the document. `apart` finds that out from what was read and
-what the tables hold; where it is in doubt everything is read.
+where two files have records of one id, the first file's is the document. So a run also keeps whether it met such
+records, or broken ones that are lines of a file, whose place a quarantine row does not tell: then the next change reads
+everything again. And where a record that was read has the id of one in a file that was not (`apart`), everything is
+read as well.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyspark.sql import DataFrame, SparkSession
-from pyspark.sql import functions as F
 
 from pipelines.changes import Since
 from pipelines.files import read_file, write_file
@@ -36,7 +39,7 @@ _LISTED = pa.schema(
         ("changed_ns", pa.int64()),
     ]
 )
-_FINGERPRINT = b"fingerprint"
+_FINGERPRINT, _ENTANGLED = b"fingerprint", b"entangled"
 Places = list[tuple[str, str]]
 """Names of sources, and paths in them."""
 
@@ -53,21 +56,24 @@ class News:
     """relative paths of files that are no more"""
     paths: Places = field(default_factory=list)
     """paths of both, as documents have them"""
-    whole: Places = field(default_factory=list)
-    """relative paths, then or now, of files of one record each"""
 
 
-def keep(lake: str, listed: Mapping[SourceConfig, Listing]) -> None:
-    """Keep what was listed of each source that has a fingerprint; data sets need no list."""
+def keep(lake: str, listed: Mapping[SourceConfig, Listing], entangled: bool) -> None:
+    """Keep what was listed of each source that has a fingerprint; data sets need no list.
+
+    entangled: whether one record's fate may hang on another file's. What cannot be kept costs the next run its time.
+    """
     for source, listing in listed.items():
         fingerprint = listing.fingerprint()
         if fingerprint is None or listing.data_set is not None:
             continue
         columns = [[getattr(entry, name) for entry in listing.entries] for name in _LISTED.names]
         table = pa.table([pa.array(c, t) for c, t in zip(columns, _LISTED.types, strict=True)], schema=_LISTED)
+        table = table.replace_schema_metadata({_FINGERPRINT: str(fingerprint), _ENTANGLED: str(entangled)})
         sink = io.BytesIO()
-        pq.write_table(table.replace_schema_metadata({_FINGERPRINT: str(fingerprint)}), sink, compression="zstd")
-        write_file(_uri(lake, source), sink.getvalue())
+        pq.write_table(table, sink, compression="zstd")
+        with contextlib.suppress(OSError):
+            write_file(_uri(lake, source), sink.getvalue())
 
 
 def news(lake: str, listed: Mapping[SourceConfig, Listing], since: Since) -> News | None:
@@ -83,52 +89,29 @@ def news(lake: str, listed: Mapping[SourceConfig, Listing], since: Since) -> New
         if before is None:
             return None
         for entry in listing.entries:
-            if entry.format == "file":
-                found.whole.append((source.name, entry.relative))
             if before.pop(entry.raw_path, None) != tuple(getattr(entry, name) for name in _LISTED.names):
                 found.entries.append(entry)
                 found.read.append((source.name, entry.relative))
                 found.paths.append((source.name, path_of(entry.raw_path)))
-        for raw_path, relative, file_format, *_ in before.values():
-            found.gone.append((source.name, relative))
+        for raw_path, relative, *_ in before.values():
+            found.gone.append((source.name, str(relative)))
             found.paths.append((source.name, path_of(raw_path)))
-            if file_format == "file":
-                found.whole.append((source.name, relative))
     return found if len(found.entries) < sum(len(listing.entries) for listing in listed.values()) else None
 
 
-def apart(found: News, settled: DataFrame, stored: DataFrame, earlier: DataFrame | None) -> DataFrame:
-    """Rows where a file that was not read may have had a word in it; where there are none, none had.
-
-    A record that was read has the id of one in another file; or the sources have a duplicate, which may be the first
-    now. earlier: the sources' quarantine, None where it is empty.
-    """
+def apart(found: News, settled: DataFrame, stored: DataFrame, earlier: DataFrame | None) -> bool:
+    """Whether no record that was read has the id of one in another file. earlier: the quarantine, None if empty."""
     spark = settled.sparkSession
     elsewhere = (
         stored.join(settled.select("document_id"), "document_id", "left_semi")
         .join(places(spark, found.paths, "path"), ["source", "path"], "left_anti")
         .select("source")
     )
-    if earlier is None:
-        return elsewhere
-    others = (
-        earlier.join(settled.select("source", "source_id"), ["source", "source_id"], "left_semi")
-        .withColumn("place", F.regexp_replace("source_id", ":[0-9]+$", ""))
-        .join(places(spark, found.read, "place"), ["source", "place"], "left_anti")
-    )
-    duplicates = earlier.where("reason = 'duplicate_id'")
-    return elsewhere.union(others.select("source")).union(duplicates.select("source"))
-
-
-def apart_in_mirror(found: News, files: DataFrame, earlier: DataFrame | None) -> DataFrame:
-    """The same of what a mirror deletes: not where a file was not read whole, nor a quarantined record of which only a
-    reading of its file tells whether it is still there.
-    """
-    unread = files.where("NOT complete").select("source")
-    if earlier is None:
-        return unread
-    whole = places(files.sparkSession, found.whole, "source_id")
-    return unread.union(earlier.join(whole, ["source", "source_id"], "left_anti").select("source"))
+    if earlier is not None:
+        rows = earlier.join(settled.select("source", "source_id"), ["source", "source_id"], "left_semi")
+        others = rows.join(places(spark, found.read, "source_id"), ["source", "source_id"], "left_anti")
+        elsewhere = elsewhere.union(others.select("source"))
+    return elsewhere.isEmpty()
 
 
 def places(spark: SparkSession, found: Places, name: str) -> DataFrame:
@@ -141,12 +124,16 @@ def _uri(lake: str, source: SourceConfig) -> str:
     return f"{lake.rstrip('/')}/listings/{hashlib.sha256(source.name.encode()).hexdigest()[:32]}.parquet"
 
 
-def _kept(lake: str, source: SourceConfig, fingerprint: int | None) -> dict[bytes, tuple[object, ...]] | None:
-    """The list of that fingerprint by path; None where the lake has another or none."""
+def _kept(lake: str, source: SourceConfig, fingerprint: int | None) -> dict[bytes, tuple[Any, ...]] | None:
+    """The list of that fingerprint by path; None where the lake has another or none, or its files were entangled."""
     content = read_file(_uri(lake, source)) if fingerprint is not None else None
     if content is None:
         return None
-    table = pq.read_table(io.BytesIO(content))
-    if (table.schema.metadata or {}).get(_FINGERPRINT) != str(fingerprint).encode():
+    try:
+        table = pq.read_table(io.BytesIO(content))
+    except pa.ArrowException:  # cut short where the machine went down
+        return None
+    metadata = table.schema.metadata or {}
+    if metadata.get(_FINGERPRINT) != str(fingerprint).encode() or metadata.get(_ENTANGLED) != b"False":
         return None
     return {row[0]: row for row in zip(*(column.to_pylist() for column in table.columns), strict=True)}

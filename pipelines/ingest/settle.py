@@ -27,8 +27,10 @@ from pipelines.tables import BRONZE_DOCUMENTS, BRONZE_QUARANTINE
 ERASED = "erased"
 
 
-def settle(records: DataFrame) -> DataFrame:
+def settle(records: DataFrame) -> tuple[DataFrame, bool]:
     """One record an id: others with it become known by their location, and `duplicate_id` where they are whole.
+
+    And whether there were such.
 
     The id is the newest's of pages that say when they were crawled, else the first's by file and line.
     """
@@ -47,12 +49,12 @@ def settle(records: DataFrame) -> DataFrame:
     )
     # Texts are shuffled only where there are duplicates at all.
     if shared.isEmpty():
-        return records
+        return records, False
     later = F.col("first").isNotNull() & (order != F.col("first"))
     duplicate = later & F.col("reason").isNull()
     known_by = F.when(later, F.col("location")).otherwise(F.col("source_id"))
     words = F.concat(F.lit("the id "), F.col("source_id"), F.lit(" is that of "), F.col("first.location"))
-    return records.join(shared, "document_id", "left").select(
+    settled = records.join(shared, "document_id", "left").select(
         hashed(F.col("source"), known_by).alias("document_id"),
         known_by.alias("source_id"),
         F.when(duplicate, F.lit("duplicate_id")).otherwise(F.col("reason")).alias("reason"),
@@ -60,6 +62,7 @@ def settle(records: DataFrame) -> DataFrame:
         F.when(duplicate, F.substring(F.encode("content", "UTF-8"), 1, RAW_BYTES)).otherwise(F.col("raw")).alias("raw"),
         *[n for n in RECORDS.names if n not in ("document_id", "source_id", "reason", "detail", "raw")],
     )
+    return settled, True
 
 
 def without_erased(settled: DataFrame, erased: DataFrame) -> DataFrame:
@@ -69,16 +72,20 @@ def without_erased(settled: DataFrame, erased: DataFrame) -> DataFrame:
     return settled.join(marked, "document_id", "left").withColumn("reason", reason).drop("erased")
 
 
-def check_settled(settled: DataFrame, met: int) -> dict[str, int]:
-    """The counts by what the records came to. Raises LakeError where they do not make up the records met."""
+def check_settled(settled: DataFrame, met: int) -> tuple[dict[str, int], bool]:
+    """The counts by what the records came to, and whether one that is no document is a line of a file.
+
+    Raises LakeError where they do not make up the records met.
+    """
     by_reason: dict[str, int] = {}
-    distinct = 0
+    distinct = lines = 0
     grouped = settled.groupBy(F.coalesce("reason", F.lit(""))).agg(
-        F.count(F.lit(1)), F.countDistinct("source", "source_id")
+        F.count(F.lit(1)), F.countDistinct("source", "source_id"), F.count_if(F.col("location") != F.col("file"))
     )
-    for reason, number, ids in few(grouped):
+    for reason, number, ids, of_lines in few(grouped):
         by_reason[reason] = int(number)
         distinct += int(ids)
+        lines += int(of_lines) if reason else 0
     documents, erased = by_reason.pop("", 0), by_reason.pop(ERASED, 0)
     quarantined = sum(by_reason.values())
     if documents + quarantined + erased != met or distinct != met:
@@ -86,13 +93,14 @@ def check_settled(settled: DataFrame, met: int) -> dict[str, int]:
             f"Ingest's counts do not add up: {documents} documents, {quarantined} quarantined records and {erased} "
             f"erased ones, {distinct} of them with an id of their own, of {met} records; nothing was written."
         )
-    return {
+    counts = {
         "records": met,
         "documents": documents,
         "quarantined": quarantined,
         "erased": erased,
         **{f"quarantined.{reason}": by_reason[reason] for reason in sorted(by_reason)},
     }
+    return counts, lines > 0
 
 
 def documents_of(settled: DataFrame, run_id: str) -> DataFrame:

@@ -25,7 +25,7 @@ from pipelines import lake as lakehouse
 from pipelines.changes import Since, keys
 from pipelines.errors import LakeError
 from pipelines.ingest.config import IngestConfig, SourceConfig
-from pipelines.ingest.known import News, apart, apart_in_mirror, keep, news, places
+from pipelines.ingest.known import News, apart, keep, news, places
 from pipelines.ingest.listing import Entry, Listing, ingest_input, list_sources
 from pipelines.ingest.settle import (
     carry_times,
@@ -74,17 +74,18 @@ def run(
         lakehouse.ensure(spark, lake, table)
     erasures = lakehouse.version(spark, lake, OPS_ERASURES)
 
-    result = None
-    if found := news(lake, listed, since):
+    inputs, result = ingest_input(listed, erasures), None
+    # What was erased, or restored, is known of files that are read alone.
+    same_erasures = (since or {}).get("erasures") == inputs.get("erasures")
+    if same_erasures and (found := news(lake, listed, since)):
         result = _ingest(spark, lake, config, listed, found.entries, erasures, run_id, found)
     if result is None:
         result = _ingest(spark, lake, config, listed, entries, erasures, run_id, None)
     assert result is not None
-    # What could not be read is tried again by the next run, though no name, size or time changes.
-    if "quarantined.unreadable" not in result.counts:
-        keep(lake, listed)
-        return replace(result, inputs=ingest_input(listed, erasures))
-    return result
+    # A file that could not be read is tried again by the next run, though no name, size or time changes; what could not
+    # be listed has changed when it can.
+    unlisted = sum(entry.problem is not None for entry in entries)
+    return replace(result, inputs={} if result.counts.get("quarantined.unreadable", 0) > unlisted else inputs)
 
 
 def _ingest(
@@ -111,23 +112,21 @@ def _ingest(
         counts = {"files": len(entries), "skipped": sum(listing.skipped for listing in listed.values())}
         if found:
             counts["files_unchanged"] = sum(len(listing.entries) for listing in listed.values()) - len(entries)
-        counts |= _check_read(records, len(entries))
-        settled = settle(records.where("met IS NULL"))
+        read_counts, unread = _check_read(records, len(entries))
+        counts |= read_counts
+        settled, shared = settle(records.where("met IS NULL"))
         if erasures is not None:
             settled = without_erased(settled, lakehouse.read(spark, lake, OPS_ERASURES, erasures))
-        counts |= check_settled(settled, counts["records"])
+        settled_counts, lines = check_settled(settled, counts["records"])
+        counts |= settled_counts
         stored = lakehouse.read(spark, lake, BRONZE_DOCUMENTS).where(F.col("source").isin(names))
         quarantine = without_unread(quarantine_of(settled, run_id), stored)
         earlier: DataFrame | None = lakehouse.read(spark, lake, BRONZE_QUARANTINE).where(F.col("source").isin(names))
         if earlier is not None and earlier.isEmpty():
             earlier = None
-        if found:
-            doubts = apart(found, settled, stored, earlier)
-            if config.mirror:
-                doubts = doubts.union(apart_in_mirror(found, files, earlier))
-            # Of an erased record it is not known whether the one that is left out is this one.
-            if counts["erased"] or not doubts.isEmpty():
-                return None
+        # Of an erased record it is not known whether it is this one; of a file not read whole, what else is in it.
+        if found and (counts["erased"] or unread or not apart(found, settled, stored, earlier)):
+            return None
         if earlier is not None:
             quarantine = quarantine.unionByName(_kept(settled, files, earlier, listed, found, config.mirror))
         # Fixed before the first table is written: what is replaced is known from the documents as they were.
@@ -146,6 +145,7 @@ def _ingest(
     finally:
         records.unpersist()
 
+    keep(lake, listed, entangled=shared or lines or unread)
     counts |= {"inserted": added.inserted, "updated": added.updated, "deleted": added.deleted}
     counts |= {"quarantine_inserted": held.inserted, "quarantine_deleted": held.deleted}
     for name, table in (("documents", BRONZE_DOCUMENTS), ("quarantine", BRONZE_QUARANTINE)):
@@ -158,25 +158,24 @@ def _kept(
     settled: DataFrame, files: DataFrame, earlier: DataFrame, listed: Listed, found: News | None, mirror: bool
 ) -> DataFrame:
     """Rows of the earlier quarantine that stay: of what was not read because it is known, and `kept_quarantine`'s."""
-    spark = settled.sparkSession
+    read = [(source.name, folder) for source, listing in listed.items() for folder in listing.folders]
     if found:
-        read = found.read + (found.gone if mirror else [])
-        return kept_quarantine(settled, files, places(spark, read, "place"), earlier, mirror=False)
-    read = [
-        (source.name, place)
-        for source, listing in listed.items()
-        for place in [*(entry.relative for entry in listing.entries), *listing.folders]
-    ]
-    return kept_quarantine(settled, files, places(spark, read, "place"), earlier, mirror)
+        read += found.read + (found.gone if mirror else [])
+    else:
+        read += [(source.name, entry.relative) for source, listing in listed.items() for entry in listing.entries]
+    of_mirror = mirror and not found
+    return kept_quarantine(settled, files, places(settled.sparkSession, read, "place"), earlier, of_mirror)
 
 
-def _check_read(records: DataFrame, files: int) -> dict[str, int]:
-    """Read everything, once; the numbers of records met and passed over.
+def _check_read(records: DataFrame, files: int) -> tuple[dict[str, int], bool]:
+    """Read everything, once; the numbers of records met and passed over, and whether a file was not read whole.
 
     Raises LakeError where a file or a record is missing.
     """
     total = F.coalesce(F.sum("met"), F.lit(0)), F.coalesce(F.sum("passed"), F.lit(0))
-    row = records.agg(F.count("met"), total[0], F.count("document_id"), total[1]).first()
+    row = records.agg(
+        F.count("met"), total[0], F.count("document_id"), total[1], F.count_if(~F.col("complete"))
+    ).first()
     assert row is not None
     if row[0] != files or row[1] != row[2]:
         raise LakeError(
@@ -184,4 +183,4 @@ def _check_read(records: DataFrame, files: int) -> dict[str, int]:
             "nothing was written, run it again.",
             75,
         )
-    return {"records": int(row[1]), "passed_over": int(row[3])}
+    return {"records": int(row[1]), "passed_over": int(row[3])}, row[4] > 0

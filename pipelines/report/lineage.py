@@ -73,7 +73,11 @@ def last_runs(lake: Lake) -> tuple[facts.Run, ...]:
     for row in last.select(*columns).head(MOST_ROWS):
         values = row.asDict()
         inputs, outputs = values.pop("inputs") or [], values.pop("outputs") or []
-        behind = [read.table for read in inputs if read.version < lake.versions.get(read.table, (0, None))[0]]
+        behind = [
+            read.table
+            for read in inputs
+            if read.table in TABLES and read.version < lake.versions.get(read.table, (0,))[0]
+        ]
         out.append(facts.Run(**values, inputs=_pins(inputs), outputs=_pins(outputs), behind=tuple(behind)))
     return tuple(out)
 

@@ -20,7 +20,7 @@ from pipelines.tables import GOLD_SEQUENCES, GOLD_TOKENS, SILVER_DOCUMENTS, SILV
 
 TEMPLATE = "page.html.jinja"
 # Jobs that follow their inputs; training and what comes after it stay at the versions that they were asked for.
-_FOLLOWING = ("clean", "dedup", "tokenize", "pack")
+_FOLLOWING = ("clean", "decontaminate", "dedup", "tokenize", "pack")
 
 
 def render(figures: Figures, *, made_at: datetime) -> str:

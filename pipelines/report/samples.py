@@ -26,8 +26,11 @@ def samples(lake: Lake, judged: DataFrame) -> tuple[tuple[facts.Samples, ...], t
     group = F.when(F.size("rejected_by") > 0, F.col("rejected_by")).when(F.col("kept"), F.array("kind"))
     named = judged.select("document_id", "accepted", F.explode(group).alias("name"))
     order = Window.partitionBy("accepted", "name").orderBy(F.xxhash64("document_id"), "document_id")
-    chosen = named.withColumn("place", F.row_number().over(order)).where(
-        F.col("place") <= F.when(F.col("accepted"), KEPT).otherwise(EACH)
+    # The first bound is a number, by which Spark cuts each task's part down before it brings a name's rows together.
+    chosen = (
+        named.withColumn("place", F.row_number().over(order))
+        .where(F.col("place") <= max(KEPT, EACH))
+        .where(F.col("accepted") | (F.col("place") <= EACH))
     )
     picked = chosen.orderBy(F.desc("accepted"), "name", "place").head(MOST_ROWS)
     clusters = _largest(lake)
