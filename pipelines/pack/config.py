@@ -13,7 +13,11 @@ class PackConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     sequence_length: int = Field(2048, ge=2, description="length of a sequence (tokens)")
-    groups: int = Field(8, ge=1, description="hash groups a split and domain is packed in, at most (count)")
+    groups: int = Field(
+        8,
+        ge=1,
+        description="hash groups a split and domain is packed in, at most; more beyond 32 M tokens a group (count)",
+    )
     mode: Literal["best_fit", "concat"] = Field("best_fit", description="best_fit, or concat: cut through")
     domain: Literal["kind", "source"] = Field("kind", description="the column that is a sequence's domain")
     seed: int = Field(0, description="which documents share a group, and their order (number)")

@@ -20,6 +20,9 @@ from pipelines.tables import GOLD_SEQUENCES
 
 # A group has at least this many sequences, so that its last, half empty ones weigh little.
 SEQUENCES_A_GROUP = 128
+# And about so many tokens at most, whatever `pack.groups` says: one Python process packs a whole group (4 bytes a
+# token, twice while it is sorted).
+TOKENS_A_GROUP = 32_000_000
 _BATCH = 1024
 
 
@@ -71,15 +74,18 @@ class Edition:
         """Pieces -> sequences, packed in seeded hash groups, so that the work spreads and the order does not matter."""
         config = self.config
         drawn = pieces.withColumn("draw", F.sha2(F.concat(F.lit(f"pack/{config.seed}/"), "document_id"), 256))
-        enough = SEQUENCES_A_GROUP * config.sequence_length
-        groups = drawn.groupBy("split", "domain").agg(
-            F.least(F.lit(config.groups), F.ceil(F.sum("length") / enough)).cast("int").alias("groups")
-        )
-        dealt = drawn.join(F.broadcast(groups), ["split", "domain"])
+        dealt = drawn.join(F.broadcast(self.groups(drawn)), ["split", "domain"])
         dealt = dealt.withColumn("group", draw(F.col("draw")) % F.col("groups"))
         return dealt.groupBy("split", "domain", "group").applyInArrow(
             self.group_function(), tables_of.spark_schema(GOLD_SEQUENCES.schema)
         )
+
+    def groups(self, pieces: DataFrame) -> DataFrame:
+        """How many groups each split and domain is packed in: split, domain, groups. pieces: with their length."""
+        enough, tokens = SEQUENCES_A_GROUP * self.config.sequence_length, F.sum("length")
+        wanted = F.least(F.lit(self.config.groups), F.ceil(tokens / enough))
+        number = F.greatest(wanted, F.ceil(tokens / TOKENS_A_GROUP)).cast("int")
+        return pieces.groupBy("split", "domain").agg(number.alias("groups"))
 
     def group_function(self) -> Callable[..., Iterator[pa.RecordBatch]]:
         """The function that packs one group, for applyInArrow."""

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from pipelines import lake as tables_of
 from pipelines.errors import LakeError
 from pipelines.pack.config import PackConfig
+from pipelines.pack.sequences import TOKENS_A_GROUP, Edition
 from pipelines.pack.stage import run as pack
 from pipelines.tables import GOLD_SEQUENCES, GOLD_TOKENS, SILVER_DOCUMENTS, SILVER_DUPLICATES
 from pipelines.tokenize.config import TokenizeConfig, TrainTokenizerConfig
@@ -98,6 +99,19 @@ def test_from_silver_to_sequences(spark: SparkSession, lake: str) -> None:
     assert packed.inputs["tokenizer"] == made.inputs["tokenizer"] == int(tokenizer_id[:16], 16) // 2
     with pytest.raises(LakeError, match="is not there"):
         pack(spark, lake, PackConfig(tokenizer="0" * 64), run_id="r")
+
+
+def test_groups_follow_the_tokens_where_the_setting_is_too_few(spark: SparkSession) -> None:
+    sums = {"few": 64 * 128 + 1, "some": 10**6, "many": 100 * TOKENS_A_GROUP + 1}
+    pieces = spark.createDataFrame(
+        [("train", name, length) for name, length in sums.items()], "split string, domain string, length long"
+    )
+    edition = Edition(config=PackConfig(sequence_length=64, groups=8), tokenizer_id="t", end=0, pad=1)
+    assert {row["domain"]: row["groups"] for row in edition.groups(pieces).collect()} == {
+        "few": 2,
+        "some": 8,
+        "many": 101,
+    }
 
 
 def test_no_accepted_text_trains_nothing(spark: SparkSession, lake: str) -> None:
