@@ -32,6 +32,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -191,13 +192,10 @@ def sweep_tiles(kind: str) -> dict[str, Callable[[Callable[[], Tensor]], Tensor]
         sizes += [(256, 64, 8, 3), (256, 64, 8, 4), (256, 32, 8, 4), (64, 64, 4, 4)]
 
     def call(tile: Tile, product: Callable[[], Tensor]) -> Tensor:
-        own = sparse_products.TILES[table], sparse_products.hopper
         # On Hopper blocks of 128 have kernels of their own, whose tiles are fixed.
-        sparse_products.TILES[table], sparse_products.hopper = tile, lambda _: False
-        try:
+        portable = patch.object(sparse_products, "hopper", lambda _: False)
+        with portable, patch.dict(sparse_products.TILES, {table: tile}):
             return product()
-        finally:
-            sparse_products.TILES[table], sparse_products.hopper = own
 
     return {str(size): partial(call, Tile(*size)) for size in sizes}
 

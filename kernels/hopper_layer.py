@@ -10,31 +10,21 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernels.hopper import COLUMNS, DEPTH, MEET, QUARTER, RAGGED, ROWS, rows_kernel
+from kernels.hopper import COLUMNS, DEPTH, QUARTER, RAGGED, ROWS, rows_kernel
+from kernels.hopper_launch import OPTIONS, descriptor, programs, tiles_a_meeting
 from kernels.hopper_weights import weights_kernel
-from kernels.portable import Portable, Tokens, multiprocessors
+from kernels.portable import Portable, Tokens
 from kernels.routing import Routing
 from kernels.tiles import Tiles
 
 _GROUP = 8
-STAGES = 4  # as many as shared memory holds beside the tiles that leave it
-REGISTERS = 168  # a thread, before the roles share them out: 3 warpgroups fill a multiprocessor
 _MOST = 0x7FFF0000
 # Gathering tokens slows a product of rows by 7 % (15 at F > 10,000) and one of weights by a quarter. A sorted copy
 # costs the same at any F: at K = 8 as much as gathering does at F = 1600 to 1700 forward and 500 backward, at K = 4 and
 # 2 at half of that (an H200; both were measured at all six shapes).
 _GATHER_UP_BELOW = 1536
 _GATHER_BACKWARD_BELOW = 512
-
-
-def descriptor(t: Tensor, block: list[int], shape: list[int] | None = None, strides: list[int] | None = None) -> Any:
-    """Of tiles that lie in shared memory as the tensor cores read them."""
-    width = min(128, block[-1] * t.element_size())
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=width, element_bitwidth=16, rank=len(block))
-    return TensorDescriptor(t, shape or list(t.shape), strides or list(t.stride()), block, layout)
 
 
 def _rows(x: Tokens, gather: bool) -> Tokens | Tensor:
@@ -55,11 +45,6 @@ def _ragged(t: Tensor, block: list[int]) -> Any:
     return descriptor(t, [1, 1, *block], [_MOST, _MOST, RAGGED.value, t.shape[1]], [2**34 - row, row, row, 1])
 
 
-def every(depth: int) -> int:
-    """After how many tiles of that depth, on average, programs meet."""
-    return max(1, 2 * MEET.value * DEPTH.value // max(1, depth))
-
-
 class Hopper(Portable):
     """The products of bfloat16 and float16 on compute capability 9.0, for tiles of 128 rows.
 
@@ -68,7 +53,7 @@ class Hopper(Portable):
 
     def __init__(self, routing: Routing, top_k: int, tiles: Tiles, device: torch.device) -> None:
         super().__init__(routing, top_k, tiles)
-        self._programs = multiprocessors(device)
+        self._device = device
         # 16 bytes each, so that Triton compiles a kernel once, whichever counter it gets.
         self._counters = list(torch.zeros(6, 4, dtype=torch.int32, device=device))
 
@@ -121,14 +106,14 @@ class Hopper(Portable):
         width = COLUMNS.value // 2 if gated else COLUMNS.value
         block = [1, DEPTH.value, COLUMNS.value] if by_depth else [1, width, DEPTH.value]
         stored, tile = [64, QUARTER.value], [64, DEPTH.value]
-        rows_kernel[(self._grid(routing.tile_expert.shape[0] * triton.cdiv(columns, width)),)](
+        rows_kernel[(programs(self._device, routing.tile_expert.shape[0] * triton.cdiv(columns, width)),)](
             rows if gather else descriptor(rows, tile), routing.token, rows.stride(0),
             descriptor(b, block), descriptor(b if b2 is None else b2, block),
             *(_ragged(c if t is None else t, stored) for t in (c, c2, c3)),
             self._counters.pop(), routing.offsets, routing.tile_expert, routing.tile_row, routing.tile_count,
             columns, depth, N,
             PAIR=pair, BY_DEPTH=by_depth, GATED=gated, GATHER=gather, EVEN=depth % DEPTH.value == 0,
-            ACTIVATION=activation, GROUP=_GROUP, STAGES=STAGES, num_warps=4, maxnreg=REGISTERS,
+            ACTIVATION=activation, GROUP=_GROUP, **OPTIONS,
         )  # fmt: skip
 
     def _launch_weights(self, left: Tensor, right: Tokens, E: int) -> list[Tensor]:
@@ -137,17 +122,14 @@ class Hopper(Portable):
         if N == 0:
             return [result.zero_() for result in results]
         b = _rows(right, rows < _GATHER_BACKWARD_BELOW)
-        weights_kernel[(self._grid(E * halves * triton.cdiv(rows, ROWS.value) * triton.cdiv(columns, COLUMNS.value)),)](
+        tiles = E * halves * triton.cdiv(rows, ROWS.value) * triton.cdiv(columns, COLUMNS.value)
+        weights_kernel[(programs(self._device, tiles),)](
             _ragged(left.reshape(-1, rows), [DEPTH.value, 64]),
             b.x if isinstance(b, Tokens) else _ragged(b, [DEPTH.value, COLUMNS.value]),
             self.routing.token, right.x.stride(0),
             *(descriptor(r, [1, 64, QUARTER.value]) for r in (results[0], results[-1])), self._counters.pop(),
-            self.routing.offsets, E, rows, columns, N, every(N // E),
+            self.routing.offsets, E, rows, columns, N, tiles_a_meeting(N // E),
             HALVES=halves, GATHER=isinstance(b, Tokens), EVEN=columns % COLUMNS.value == 0, GROUP=_GROUP,
-            STAGES=STAGES, num_warps=4, maxnreg=REGISTERS,
+            **OPTIONS,
         )  # fmt: skip
         return results
-
-    def _grid(self, tiles: int) -> int:
-        # All programs run at once: they meet.
-        return max(1, min(tiles, self._programs))

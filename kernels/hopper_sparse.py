@@ -40,8 +40,7 @@ from kernels.hopper import (
     put,
     save,
 )
-from kernels.hopper_layer import REGISTERS, STAGES, descriptor, every
-from kernels.portable import multiprocessors
+from kernels.hopper_launch import OPTIONS, descriptor, programs, tiles_a_meeting
 from kernels.products import in_groups
 from kernels.topology import Topology
 
@@ -118,7 +117,7 @@ def _store(buffers, acc, c, row, column):
 
 
 @gluon.jit
-def _produce_sdd(ring, shared, own, counter, pairs, row_indices, column_indices, walked, rows, depth, every,
+def _produce_sdd(ring, shared, own, counter, pairs, row_indices, column_indices, walked, rows, depth, between,
                   SHARED_LEFT: gl.constexpr, SHARED_BY_DEPTH: gl.constexpr, OWN_BY_DEPTH: gl.constexpr):  # fmt: skip
     programs = gl.num_programs(0)
     together = walked // programs * programs
@@ -129,7 +128,7 @@ def _produce_sdd(ring, shared, own, counter, pairs, row_indices, column_indices,
     for pair in range(gl.program_id(0), walked, programs):
         first = gl.load(pairs + 2 * pair)
         second = gl.load(pairs + 2 * pair + 1)
-        meets = (pair < together) & (pair // programs % every == 0)
+        meets = (pair < together) & (pair // programs % between == 0)
         real = first >= 0
         if real:
             real = gl.load(row_indices + first) < rows
@@ -187,16 +186,16 @@ def _consume_sdd(ring, buffers, values, pairs, row_indices, walked, rows, depth,
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["walked", "rows", "depth", "every"])
+@gluon.jit(do_not_specialize=["walked", "rows", "depth", "between"])
 def sdd_kernel(
-    shared, own, values, counter, pairs, row_indices, column_indices, walked, rows, depth, every,
+    shared, own, values, counter, pairs, row_indices, column_indices, walked, rows, depth, between,
     SHARED_LEFT: gl.constexpr, SHARED_BY_DEPTH: gl.constexpr, OWN_BY_DEPTH: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """values[entry] = the product's block there, for the entries of `walked` pairs; zeros in an inert entry.
 
     shared: the operand whose tile a pair shares, a if SHARED_LEFT, else b; own: the other. Descriptors of tiles
     [BLOCK, DEPTH], or BY_DEPTH [DEPTH, BLOCK]. pairs: Topology.pairs.
-    counter: zero. every: as many pairs as programs take between meetings, which within a pair come every MEET steps.
+    counter: zero. between: pairs from one meeting to the next; within a pair they come every MEET steps.
     """
     shared_tiles = gl.allocate_shared_memory(shared.dtype, [STAGES] + shared.block_type.shape, shared.layout)
     own_tiles = gl.allocate_shared_memory(own.dtype, [2 * STAGES] + own.block_type.shape, own.layout)
@@ -209,8 +208,8 @@ def sdd_kernel(
                             SHARED_BY_DEPTH, OWN_BY_DEPTH)),
             (_consume_sdd, (ring, other, values, pairs, row_indices, walked, rows, depth, gl.constexpr(1), SHARED_LEFT,
                             SHARED_BY_DEPTH, OWN_BY_DEPTH)),
-            (_produce_sdd, (ring, shared, own, counter, pairs, row_indices, column_indices, walked, rows, depth, every,
-                            SHARED_LEFT, SHARED_BY_DEPTH, OWN_BY_DEPTH)),
+            (_produce_sdd, (ring, shared, own, counter, pairs, row_indices, column_indices, walked, rows, depth,
+                            between, SHARED_LEFT, SHARED_BY_DEPTH, OWN_BY_DEPTH)),
         ],
         [4, 1],
         [232, 40],
@@ -219,7 +218,7 @@ def sdd_kernel(
 
 @gluon.jit
 def _produce_product(
-    ring, sparse, dense, counter, order, offsets, indices, places, rows, columns, every,
+    ring, sparse, dense, counter, order, offsets, indices, places, rows, columns, between,
     PLACED: gl.constexpr, SPARSE_BY_DEPTH: gl.constexpr, DENSE_BY_DEPTH: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     column_tiles = gl.cdiv(columns, 2 * BLOCK)
@@ -231,7 +230,7 @@ def _produce_product(
     target = 0
     patience = gl.to_tensor(PATIENCE)
     for tile in range(gl.program_id(0), tiles, programs):
-        if (tile < together) & (tile // programs % every == 0):
+        if (tile < together) & (tile // programs % between == 0):
             target += programs
             patience = meet(counter, target, patience)
         position, column_tile = in_groups(tile, rows, column_tiles, GROUP)
@@ -295,9 +294,9 @@ def _consume_product(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["rows", "columns", "every"])
+@gluon.jit(do_not_specialize=["rows", "columns", "between"])
 def product_kernel(
-    sparse, dense, out, counter, order, offsets, indices, places, rows, columns, every,
+    sparse, dense, out, counter, order, offsets, indices, places, rows, columns, between,
     LEFT: gl.constexpr, PLACED: gl.constexpr, SPARSE_BY_DEPTH: gl.constexpr, DENSE_BY_DEPTH: gl.constexpr,
     GROUP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -306,7 +305,7 @@ def product_kernel(
     Rows are those of blocks that the result keeps (the sparse matrix's columns, if not on the LEFT), taken in `order`,
     whose entries lie at `indices` and, where PLACED, have their values at `places`; columns are the dense operand's
     that it keeps. sparse: a descriptor of the blocks below one another, of half a block: [BLOCK, DEPTH], or BY_DEPTH
-    [DEPTH, BLOCK]; dense likewise. counter: zero. every: as many tiles as programs take between meetings.
+    [DEPTH, BLOCK]; dense likewise. counter: zero. between: tiles from one meeting to the next.
     """
     sparse_tiles = gl.allocate_shared_memory(sparse.dtype, [STAGES] + sparse.block_type.shape, sparse.layout)
     dense_tiles = gl.allocate_shared_memory(dense.dtype, [2 * STAGES] + dense.block_type.shape, dense.layout)
@@ -319,7 +318,7 @@ def product_kernel(
                                 DENSE_BY_DEPTH, GROUP)),
             (_consume_product, (ring, other, out, order, offsets, rows, columns, gl.constexpr(1), LEFT, SPARSE_BY_DEPTH,
                                 DENSE_BY_DEPTH, GROUP)),
-            (_produce_product, (ring, sparse, dense, counter, order, offsets, indices, places, rows, columns, every,
+            (_produce_product, (ring, sparse, dense, counter, order, offsets, indices, places, rows, columns, between,
                                 PLACED, SPARSE_BY_DEPTH, DENSE_BY_DEPTH, GROUP)),
         ],
         [4, 1],
@@ -338,12 +337,12 @@ def sdd(values: Tensor, a: Tensor, a_turned: bool, b: Tensor, b_turned: bool, to
     """
     left, depth = not topology.pairs_share_columns, a.shape[0 if a_turned else 1]
     one, other = _tiles(a, a_turned), _tiles(b, not b_turned)
-    sdd_kernel[(_programs(values, topology.pairs.shape[0]),)](
+    sdd_kernel[(programs(values.device, topology.pairs.shape[0]),)](
         one if left else other, other if left else one, _stored(values.view(-1, BLOCK.value)), _counter(values),
         topology.pairs, topology.row_indices, topology.column_indices, topology.pairs.shape[0],
-        topology.shape[0] // BLOCK.value, depth, every(depth), SHARED_LEFT=left,
+        topology.shape[0] // BLOCK.value, depth, tiles_a_meeting(depth), SHARED_LEFT=left,
         SHARED_BY_DEPTH=a_turned if left else not b_turned, OWN_BY_DEPTH=not b_turned if left else a_turned,
-        STAGES=STAGES, num_warps=4, maxnreg=REGISTERS,
+        **OPTIONS,
     )  # fmt: skip
 
 
@@ -360,11 +359,12 @@ def product(
         offsets, indices, order = topology.column_offsets, topology.row_indices_t, topology.column_order
     dense_by_depth = dense_turned != left
     rows, columns = order.shape[0], out.shape[1 if left else 0]
-    product_kernel[(_programs(values, rows * triton.cdiv(columns, 2 * BLOCK.value)),)](
+    between = tiles_a_meeting(topology.entries // rows * BLOCK.value)
+    product_kernel[(programs(values.device, rows * triton.cdiv(columns, 2 * BLOCK.value)),)](
         _tiles(values.view(-1, BLOCK.value), by_columns), _tiles(dense, dense_by_depth), _stored(out), _counter(values),
-        order, offsets, indices, topology.places_t, rows, columns, every(topology.entries // rows * BLOCK.value),
+        order, offsets, indices, topology.places_t, rows, columns, between,
         LEFT=left, PLACED=by_columns, SPARSE_BY_DEPTH=by_columns, DENSE_BY_DEPTH=dense_by_depth, GROUP=_GROUP,
-        STAGES=STAGES, num_warps=4, maxnreg=REGISTERS,
+        **OPTIONS,
     )  # fmt: skip
 
 
@@ -374,8 +374,3 @@ def _stored(matrix: Tensor) -> object:
 
 def _counter(like: Tensor) -> Tensor:
     return torch.zeros(1, dtype=torch.int32, device=like.device)
-
-
-def _programs(like: Tensor, tiles: int) -> int:
-    # All programs run at once: they meet.
-    return max(1, min(tiles, multiprocessors(like.device)))

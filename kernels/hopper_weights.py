@@ -40,7 +40,7 @@ from kernels.products import in_groups
 
 @gluon.jit
 def _produce_weights(
-    ring, left, right, token, right_row, counter, offsets, E, rows, columns, N, every,
+    ring, left, right, token, right_row, counter, offsets, E, rows, columns, N, between,
     HALVES: gl.constexpr, GATHER: gl.constexpr, EVEN: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     a_tiles, b_tiles, full, empty = ring
@@ -59,7 +59,7 @@ def _produce_weights(
         r = gl.arange(0, DEPTH, gl.SliceLayout(1, layout))
         d = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
     for tile in range(gl.program_id(0), E * HALVES * tiles, programs):
-        if (tile < together) & (tile // programs % every == 0):
+        if (tile < together) & (tile // programs % between == 0):
             target += programs
             patience = meet(counter, target, patience)
         # Both halves of an expert follow each other: they share the rows of `right` in L2.
@@ -133,16 +133,16 @@ def _consume_weights(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["N", "every"])
+@gluon.jit(do_not_specialize=["N", "between"])
 def weights_kernel(
-    left, right, token, right_row, c, c2, counter, offsets, E, rows, columns, N, every,
+    left, right, token, right_row, c, c2, counter, offsets, E, rows, columns, N, between,
     HALVES: gl.constexpr, GATHER: gl.constexpr, EVEN: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """c[e] = left^T right over e's rows, c2 of left's second half; zeros for an expert without rows.
 
     left: ragged descriptor of [HALVES*N, rows]. right: ragged descriptor of [N, columns], or with GATHER a pointer to
-    tokens [T, columns]. c, c2: descriptors of [E, rows, columns]. counter: zero. every: as many tiles as programs
-    take between meetings. EVEN: columns is a multiple of COLUMNS.
+    tokens [T, columns]. c, c2: descriptors of [E, rows, columns]. counter: zero. between: tiles from one meeting to
+    the next. EVEN: columns is a multiple of COLUMNS.
     """
     a_tiles = gl.allocate_shared_memory(c.dtype, [2 * STAGES] + left.block_type.shape, left.layout)
     if GATHER:
@@ -156,7 +156,7 @@ def weights_kernel(
         [
             (_consume_weights, (ring, mine, c, c2, offsets, E, rows, columns, gl.constexpr(0), HALVES, GATHER, GROUP)),
             (_consume_weights, (ring, other, c, c2, offsets, E, rows, columns, gl.constexpr(1), HALVES, GATHER, GROUP)),
-            (_produce_weights, (ring, left, right, token, right_row, counter, offsets, E, rows, columns, N, every,
+            (_produce_weights, (ring, left, right, token, right_row, counter, offsets, E, rows, columns, N, between,
                                 HALVES, GATHER, EVEN, GROUP)),
         ],
         [4, 4 if GATHER else 1],

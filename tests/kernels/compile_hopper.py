@@ -30,7 +30,7 @@ class Target:
 
 driver.set_active(Target())  # type: ignore[no-untyped-call]
 
-from kernels import hopper, hopper_layer, hopper_sparse, hopper_weights, portable, routing, sorting  # noqa: E402
+from kernels import hopper, hopper_launch, hopper_layer, hopper_sparse, hopper_weights, portable, routing, sorting  # noqa: E402
 from kernels.portable import Tokens  # noqa: E402
 from kernels.routing import route  # noqa: E402
 from kernels.tiles import tiles  # noqa: E402
@@ -65,7 +65,7 @@ class Sorted(Tokens):
 
 hopper_layer.rows_kernel = Compiled(hopper.rows_kernel)
 hopper_layer.weights_kernel = Compiled(hopper_weights.weights_kernel)
-hopper_layer.multiprocessors = hopper_sparse.multiprocessors = lambda _: 132  # type: ignore[assignment]
+hopper_launch.multiprocessors = lambda _: 132  # type: ignore[assignment]
 hopper_sparse.sdd_kernel = Compiled(hopper_sparse.sdd_kernel)
 hopper_sparse.product_kernel = Compiled(hopper_sparse.product_kernel)
 

@@ -23,7 +23,7 @@ def three_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that small matrices are many tiles for each."""
     from kernels import hopper_sparse
 
-    monkeypatch.setattr(hopper_sparse, "_programs", lambda _, tiles: max(1, min(tiles, 3)))
+    monkeypatch.setattr(hopper_sparse, "programs", lambda _, tiles: max(1, min(tiles, 3)))
 
 
 @on_hopper
@@ -54,7 +54,7 @@ def test_the_same_bits_with_few_programs_and_many(dtype: torch.dtype, monkeypatc
     s, x = case.sparse(case.s), case.dense(case.s.shape[1], 700)
     first = every(case, s, x)
     for programs in (132, 132, 60, 7):
-        monkeypatch.setattr(hopper_sparse, "_programs", lambda _, tiles, most=programs: min(tiles, most))
+        monkeypatch.setattr(hopper_sparse, "programs", lambda _, tiles, most=programs: min(tiles, most))
         assert all(torch.equal(a, b) for a, b in zip(first, every(case, s, x), strict=True))
 
 
