@@ -1,11 +1,12 @@
 """Batches of packed sequences from a pinned snapshot, in an order that resumes exactly.
 
 Every sample comes exactly once an epoch, epochs follow each other without end, and global batch g is the samples
-g*B to (g+1)*B-1 of that endless order; a rank takes its slice of it. Tokens are read by row group and kept in a cache
+g*B to (g+1)*B-1 of that endless order; a rank takes its slice of it. With a mixture (`mixture.py`) each domain has
+epochs of its own, and the mixture says whose next sample comes. Tokens are read by row group and kept in a cache
 bounded in bytes (least recently used goes first): a split that fits is read once, a larger one is read again and again,
 because the shuffle is over the whole split.
 
-Leaves out: mixtures, prefetching, a windowed shuffle for splits larger than memory.
+Leaves out: prefetching, a windowed shuffle for splits larger than memory.
 
 Shapes: b sequences of this rank, S tokens a sequence.
 """
@@ -13,7 +14,7 @@ Shapes: b sequences of this rank, S tokens a sequence.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ import pyarrow.compute as pc
 import torch
 
 from model.errors import ModelError
+from model.loader.mixture import Mixture, Phase
 from model.loader.order import epoch_order
 from model.loader.snapshot import Snapshot, open_parquet
 
@@ -172,11 +174,32 @@ def in_order(snapshot: Snapshot, batch_size: int) -> Iterator[Batch]:
         yield reader.batch(range(start, min(start + batch_size, snapshot.num_sequences)))
 
 
+class _Pool:
+    """Sequences that are shuffled together, epoch after epoch. indices: canonical ones."""
+
+    def __init__(self, name: str, key: str, indices: npt.NDArray[np.int64]) -> None:
+        self.name, self._key, self._indices = name, key, indices
+        self._orders: OrderedDict[int, npt.NDArray[np.int64]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def sample(self, index: int) -> int:
+        """The canonical index of the index-th sample of the pool's endless order."""
+        epoch, within = divmod(index, len(self))
+        if epoch not in self._orders:
+            self._orders[epoch] = epoch_order(self._key, epoch, len(self))
+            while len(self._orders) > 2:  # a global batch can lie in two epochs
+                self._orders.popitem(last=False)
+        return int(self._indices[self._orders[epoch][within]])
+
+
 class SequenceLoader:
     """Endless batches of this rank's part of each global batch; see the module's docstring for the order.
 
-    global_batch_size: sequences over all ranks, a multiple of world_size. state_dict() after a batch was taken counts
-    that batch as consumed.
+    global_batch_size: sequences over all ranks, a multiple of world_size. mixture: phases of weights; none: the domains
+    as they come. say: told where a domain of a mixture begins again. state_dict() after a batch was taken counts that
+    batch as consumed.
     """
 
     def __init__(
@@ -187,7 +210,9 @@ class SequenceLoader:
         world_size: int = 1,
         seed: int = 0,
         *,
+        mixture: Sequence[Phase] = (),
         cache_bytes: int = CACHE_BYTES,
+        say: Callable[[str], None] = lambda _: None,
     ) -> None:
         if global_batch_size < 1 or world_size < 1 or global_batch_size % world_size:
             raise ModelError(
@@ -203,30 +228,46 @@ class SequenceLoader:
         self.world_size = world_size
         self.seed = seed
         self.samples_consumed = 0
+        self._say = say
         self._reader = SequenceReader(snapshot, cache_bytes)
-        self._key = f"{snapshot.content}\0{snapshot.split}\0{seed}"
-        self._orders: OrderedDict[int, npt.NDArray[np.int64]] = OrderedDict()
+        key = f"{snapshot.content}\0{snapshot.split}\0{seed}"
+        self.phases = tuple(mixture)
+        self._mixture: Mixture | None = None
+        self._pools = [_Pool("", key, np.arange(snapshot.num_sequences))]
+        if self.phases:
+            self._mixture = Mixture(self.phases, snapshot.domains, global_batch_size, seed)
+            self._pools = [
+                _Pool(name, f"{key}\0{name}", np.flatnonzero(snapshot.domain_N == number))
+                for number, name in enumerate(snapshot.domains)
+            ]
+        self._taken = np.zeros(len(self._pools), dtype=np.int64)  # samples of each pool before the next global batch
 
-    @property
-    def epoch(self) -> int:
-        """Epochs begun before the next sample."""
-        return self.samples_consumed // self.snapshot.num_sequences
-
-    def sample(self, index: int) -> int:
-        """The canonical index of the index-th sample of the endless order."""
-        epoch, within = divmod(index, self.snapshot.num_sequences)
-        if epoch not in self._orders:
-            self._orders[epoch] = epoch_order(self._key, epoch, self.snapshot.num_sequences)
-            while len(self._orders) > 2:  # a global batch can lie in two epochs
-                self._orders.popitem(last=False)
-        return int(self._orders[epoch][within])
+    def _global_batch(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Of the next global batch's samples their pools, and which sample of its pool each is."""
+        start, stop = self.samples_consumed, self.samples_consumed + self.global_batch_size
+        pools = np.zeros(stop - start, dtype=np.int64)
+        if self._mixture:
+            pools = self._mixture.domains(start, stop)
+        order = np.argsort(pools, kind="stable")
+        numbers = np.bincount(pools, minlength=len(self._pools))
+        within = np.empty_like(pools)
+        within[order] = np.arange(len(pools)) - np.repeat(np.cumsum(numbers) - numbers, numbers)
+        return pools, self._taken[pools] + within
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
             mine = self.global_batch_size // self.world_size
-            start = self.samples_consumed + self.rank * mine
-            batch = self._reader.batch([self.sample(i) for i in range(start, start + mine)])
+            pools, places = self._global_batch()
+            taken = self._taken + np.bincount(pools, minlength=len(self._pools))
+            part = slice(self.rank * mine, (self.rank + 1) * mine)
+            samples = [self._pools[p].sample(int(i)) for p, i in zip(pools[part], places[part], strict=True)]
+            batch = self._reader.batch(samples)
+            if self._mixture:
+                for pool, before, after in zip(self._pools, self._taken.tolist(), taken.tolist(), strict=True):
+                    if before and before // len(pool) < after // len(pool):
+                        self._say(f"the domain {pool.name} begins its epoch {after // len(pool) + 1}")
             self.samples_consumed += self.global_batch_size
+            self._taken = taken
             yield batch
 
     def fingerprint(self) -> dict[str, Any]:
@@ -237,16 +278,19 @@ class SequenceLoader:
             **{name: described[name] for name in names},
             "seed": self.seed,
             "global_batch_size": self.global_batch_size,
+            **({"mixture": [phase.model_dump() for phase in self.phases]} if self.phases else {}),
         }
 
     def state_dict(self) -> dict[str, Any]:
         """The position, as JSON values; the same on every rank."""
-        return {"samples_consumed": self.samples_consumed, **self.fingerprint()}
+        state = {"samples_consumed": self.samples_consumed, **self.fingerprint()}
+        return state | {"domain_samples": self._taken.tolist()} if self._mixture else state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved position. One of other data, seed or batch size raises ModelError and names what differs."""
         mine = self.fingerprint()
-        different = [f"{k} {state.get(k)!r}, here {v!r}" for k, v in mine.items() if state.get(k) != v]
+        names = [*mine, *(["mixture"] if "mixture" in state and "mixture" not in mine else [])]
+        different = [f"{k} {state.get(k)!r}, here {mine.get(k)!r}" for k in names if state.get(k) != mine.get(k)]
         consumed = state.get("samples_consumed")
         if not isinstance(consumed, int) or consumed < 0:
             different.append(f"samples_consumed {consumed!r}, which is no position")
@@ -256,3 +300,9 @@ class SequenceLoader:
                 "resume with what it was saved with or start a new training."
             )
         self.samples_consumed = consumed
+        self._taken = np.asarray([consumed])
+        if self._mixture:
+            # What the state counted is what the mixture counts, which takes a while after some billions of samples.
+            counted = state.get("domain_samples")
+            known = isinstance(counted, list) and len(counted) == len(self._pools) and sum(counted) == consumed
+            self._taken = np.asarray(counted) if known else self._mixture.counts(consumed)

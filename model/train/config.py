@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from model.device import DeviceName
 from model.errors import ModelError
+from model.loader.mixture import Phase
 
 # The folder of a lake that trainings write to.
 TRAININGS = "training"
@@ -41,6 +42,9 @@ class TrainConfig(BaseModel):
     gradient_clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
     loss_chunk: int = Field(1024, ge=1, description="tokens whose logits exist at the same time")
     seed: int = Field(0, ge=0, description="of the initial weights and of the order of the data")
+    mixture: tuple[Phase, ...] = Field(
+        (), description="weights of domains, by phases of steps (default: the domains as they come)"
+    )
     sequences_version: int | None = Field(
         None, ge=0, description="Delta version of gold.sequences (default: the latest when the training starts)"
     )
@@ -64,7 +68,8 @@ class TrainConfig(BaseModel):
     def identity(self) -> dict[str, Any]:
         """The fields that the weights depend on. The others may change between restarts."""
         free = {"name", "output", "experiment", "device", "checkpoint_every", "keep_checkpoints", "log_every"}
-        return self.model_dump(mode="json", exclude=free)
+        # Trainings from before there were mixtures go on.
+        return self.model_dump(mode="json", exclude=free if self.mixture else free | {"mixture"})
 
 
 @dataclass(frozen=True, kw_only=True)

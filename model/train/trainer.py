@@ -190,12 +190,18 @@ def _run(
     # Made on the CPU whatever the device, so that a seed means the same weights everywhere.
     model = Transformer(model_config).to(device)
     optimizer = build_optimizer(model.parameters(), config)
-    loader = SequenceLoader(snapshot, config.global_batch_size, seed=config.seed)
     position = _Position()
     found, broken = find_checkpoint(output / CHECKPOINTS)
     with TrainingProgress(config.steps, found.step if found else 0, config.log_every) as progress:
         for reason in broken:
             progress.say(f"train: {reason}")
+        loader = SequenceLoader(
+            snapshot,
+            config.global_batch_size,
+            seed=config.seed,
+            mixture=config.mixture,
+            say=lambda what: progress.say(f"train: {what}"),
+        )
         if found:
             restore(found, model, optimizer)
             loader.load_state_dict(found.state["loader"])
