@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TypeVar
 
-from pyspark.sql import Column, DataFrame, Row, SparkSession
+from pyspark.sql import Column, DataFrame, Row, SparkSession, Window
 from pyspark.sql import functions as F
 from tokenizers import Tokenizer as TokenizerFile
 
@@ -31,6 +31,8 @@ from pipelines.tokenize.train import default_tokenizer, tokenizer_json
 
 TOP = 25
 MOST_SOURCES = 50
+MOST_DOMAINS = 40  # of an edition and a split; the others are one
+OTHER_DOMAINS = "(other domains)"
 T = TypeVar("T")
 
 
@@ -286,7 +288,7 @@ def _sequences(lake: Lake, tokenizer: facts.Tokenizer | None) -> tuple[facts.Seq
     sequences = lake.read(GOLD_SEQUENCES)
     if sequences is None or tokenizer is None:
         return None
-    rows = (
+    by_domain = (
         sequences.where(F.col("tokenizer_id") == tokenizer.tokenizer_id)
         .groupBy("sequence_length", "split", "domain")
         .agg(
@@ -294,6 +296,18 @@ def _sequences(lake: Lake, tokenizer: facts.Tokenizer | None) -> tuple[facts.Seq
             F.sum("pad_count").alias("padding"),
             F.sum(F.size("document_ids")).alias("segments"),
             F.max(F.size("document_ids")).alias("most_segments"),
+        )
+    )
+    # The page adds up what is listed: the smallest domains are one row, and none is missing.
+    place = F.row_number().over(
+        Window.partitionBy("sequence_length", "split").orderBy(F.desc("sequences"), F.asc("domain"))
+    )
+    rows = (
+        by_domain.withColumn("domain", F.when(place <= MOST_DOMAINS, F.col("domain")).otherwise(OTHER_DOMAINS))
+        .groupBy("sequence_length", "split", "domain")
+        .agg(
+            *(F.sum(name).alias(name) for name in ("sequences", "padding", "segments")),
+            F.max("most_segments").alias("most_segments"),
         )
     )
     return _listed(rows.orderBy("sequence_length", "split", F.desc("sequences")), facts.Sequences, MOST_ROWS)

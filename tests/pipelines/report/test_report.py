@@ -26,10 +26,12 @@ from pipelines.ingest import stage as ingest
 from pipelines.ingest.config import IngestConfig, SourceConfig
 from pipelines.pack import stage as pack
 from pipelines.pack.config import PackConfig
+from pipelines.report import figures as figures_module
 from pipelines.report.charts import chart
 from pipelines.report.facts import Erasure, Figures, Rejection, Share
 from pipelines.report.figures import figures
 from pipelines.report.histograms import scale_of
+from pipelines.report.lineage import Lake
 from pipelines.report.page import render
 from pipelines.report.views import number, share
 from pipelines.tables import GOLD_SEQUENCES, GOLD_TOKENS, SILVER_DOCUMENTS, TABLES
@@ -111,7 +113,7 @@ def counted(spark: SparkSession, built: str) -> Figures:
 
 
 @pytest.mark.slow
-def test_figures_add_up(spark: SparkSession, built: str, counted: Figures) -> None:
+def test_figures_add_up(spark: SparkSession, built: str, counted: Figures, monkeypatch: pytest.MonkeyPatch) -> None:
     documents, rejected, accepted, dropped, kept = counted.funnel
     assert [stage.name for stage in counted.funnel] == ["documents", "rejected", "accepted", "duplicates", "kept"]
     assert documents.total == DOCUMENTS == accepted.total + rejected.total
@@ -134,6 +136,11 @@ def test_figures_add_up(spark: SparkSession, built: str, counted: Figures) -> No
     segments = tables_of.read(spark, built, GOLD_SEQUENCES).selectExpr("sum(size(document_ids))").head()
     assert segments is not None
     assert sum(s.segments for s in counted.sequences) == segments[0]
+    monkeypatch.setattr(figures_module, "MOST_DOMAINS", 0)
+    folded = figures_module._sequences(Lake(spark, built), counted.tokenizer)
+    assert folded is not None
+    assert {s.domain for s in folded} == {figures_module.OTHER_DOMAINS}
+    assert sum(s.segments for s in folded) == segments[0]
     longer = tables_of.read(spark, built, GOLD_TOKENS).where(f"token_count >= {LENGTH}").count()
     assert counted.longer == {LENGTH: longer}
     assert sum(h.documents for h in counted.lengths) == gold[0]
