@@ -120,37 +120,46 @@ def _ingest(
         settled_counts, lines = check_settled(settled, counts["records"])
         counts |= settled_counts
         stored = lakehouse.read(spark, lake, BRONZE_DOCUMENTS).where(F.col("source").isin(names))
-        quarantine = without_unread(quarantine_of(settled, run_id), stored)
         earlier: DataFrame | None = lakehouse.read(spark, lake, BRONZE_QUARANTINE).where(F.col("source").isin(names))
         if earlier is not None and earlier.isEmpty():
             earlier = None
         # Of an erased record it is not known whether it is this one; of a file not read whole, what else is in it.
         if found and (counts["erased"] or unread or not apart(found, settled, stored, earlier)):
             return None
-        if earlier is not None:
-            quarantine = quarantine.unionByName(_kept(settled, files, earlier, listed, found, config.mirror))
-        # Fixed before the first table is written: what is replaced is known from the documents as they were.
-        quarantine = quarantine.localCheckpoint()
+        # Queries over nothing cost half a second each: what there is nothing of is not asked for.
+        quarantine: DataFrame | None = None
+        if counts["quarantined"] or earlier is not None:
+            quarantine = quarantine_of(settled, run_id)
+            if "quarantined.unreadable" in counts:
+                quarantine = without_unread(quarantine, stored)
+            if earlier is not None:
+                quarantine = quarantine.unionByName(_kept(settled, files, earlier, listed, found, config.mirror))
+            # Fixed before the first table is written: what is replaced is known from the documents as they were.
+            quarantine = quarantine.localCheckpoint()
         documents = carry_times(documents_of(settled, run_id), stored)
-        left = replaced(settled, stored)
+        left = documents.select("document_id")
+        if counts["quarantined"] or counts["erased"]:
+            left = left.union(replaced(settled, stored))
         if config.mirror:
             mirrored = stored
             if found:
                 mirrored = stored.join(places(spark, found.paths, "path"), ["source", "path"], "left_semi")
             left = left.union(gone(settled, files, mirrored))
-        # In one commit: rows of the ids in `left` are spoken of, and are no documents.
-        spoken_of = keys(documents.select("document_id").union(left))
-        added = lakehouse.sync(spark, lake, BRONZE_DOCUMENTS, documents, among=spoken_of)
-        held = lakehouse.sync(spark, lake, BRONZE_QUARANTINE, quarantine, scope=f"source IN ({literals(names)})")
+        # In one commit: rows of the ids in `left` are spoken of, and not all are documents.
+        added = lakehouse.sync(spark, lake, BRONZE_DOCUMENTS, documents, among=keys(left))
+        outputs = {BRONZE_DOCUMENTS.name: added.version}
+        counts |= {"inserted": added.inserted, "updated": added.updated, "deleted": added.deleted}
+        counts |= {"quarantine_inserted": 0, "quarantine_deleted": 0}
+        if quarantine is not None:
+            held = lakehouse.sync(spark, lake, BRONZE_QUARANTINE, quarantine, scope=f"source IN ({literals(names)})")
+            counts |= {"quarantine_inserted": held.inserted, "quarantine_deleted": held.deleted}
     finally:
         records.unpersist()
 
     keep(lake, listed, entangled=shared or lines or unread)
-    counts |= {"inserted": added.inserted, "updated": added.updated, "deleted": added.deleted}
-    counts |= {"quarantine_inserted": held.inserted, "quarantine_deleted": held.deleted}
     for name, table in (("documents", BRONZE_DOCUMENTS), ("quarantine", BRONZE_QUARANTINE)):
         counts[f"table_{name}"] = lakehouse.read(spark, lake, table).count()
-    outputs = {BRONZE_DOCUMENTS.name: added.version, BRONZE_QUARANTINE.name: held.version}
+    outputs[BRONZE_QUARANTINE.name] = lakehouse.version(spark, lake, BRONZE_QUARANTINE) or 0
     return lakehouse.StageResult(counts=counts, inputs={}, outputs=outputs)
 
 
