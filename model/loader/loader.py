@@ -25,8 +25,8 @@ import pyarrow.compute as pc
 import torch
 
 from model.errors import ModelError
-from model.loader.mixture import Mixture, Phase
-from model.loader.order import epoch_order
+from model.loader.mixture import Phase
+from model.loader.order import Order
 from model.loader.snapshot import Snapshot, open_parquet
 
 CACHE_BYTES = 1 << 30  # decoded tokens held by one reader
@@ -174,26 +174,6 @@ def in_order(snapshot: Snapshot, batch_size: int) -> Iterator[Batch]:
         yield reader.batch(range(start, min(start + batch_size, snapshot.num_sequences)))
 
 
-class _Pool:
-    """Sequences that are shuffled together, epoch after epoch. indices: canonical ones."""
-
-    def __init__(self, name: str, key: str, indices: npt.NDArray[np.int64]) -> None:
-        self.name, self._key, self._indices = name, key, indices
-        self._orders: OrderedDict[int, npt.NDArray[np.int64]] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def sample(self, index: int) -> int:
-        """The canonical index of the index-th sample of the pool's endless order."""
-        epoch, within = divmod(index, len(self))
-        if epoch not in self._orders:
-            self._orders[epoch] = epoch_order(self._key, epoch, len(self))
-            while len(self._orders) > 2:  # a global batch can lie in two epochs
-                self._orders.popitem(last=False)
-        return int(self._indices[self._orders[epoch][within]])
-
-
 class SequenceLoader:
     """Endless batches of this rank's part of each global batch; see the module's docstring for the order.
 
@@ -228,46 +208,18 @@ class SequenceLoader:
         self.world_size = world_size
         self.seed = seed
         self.samples_consumed = 0
+        self.phases = tuple(mixture)
         self._say = say
         self._reader = SequenceReader(snapshot, cache_bytes)
-        key = f"{snapshot.content}\0{snapshot.split}\0{seed}"
-        self.phases = tuple(mixture)
-        self._mixture: Mixture | None = None
-        self._pools = [_Pool("", key, np.arange(snapshot.num_sequences))]
-        if self.phases:
-            self._mixture = Mixture(self.phases, snapshot.domains, global_batch_size, seed)
-            self._pools = [
-                _Pool(name, f"{key}\0{name}", np.flatnonzero(snapshot.domain_N == number))
-                for number, name in enumerate(snapshot.domains)
-            ]
-        self._taken = np.zeros(len(self._pools), dtype=np.int64)  # samples of each pool before the next global batch
-
-    def _global_batch(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Of the next global batch's samples their pools, and which sample of its pool each is."""
-        start, stop = self.samples_consumed, self.samples_consumed + self.global_batch_size
-        pools = np.zeros(stop - start, dtype=np.int64)
-        if self._mixture:
-            pools = self._mixture.domains(start, stop)
-        order = np.argsort(pools, kind="stable")
-        numbers = np.bincount(pools, minlength=len(self._pools))
-        within = np.empty_like(pools)
-        within[order] = np.arange(len(pools)) - np.repeat(np.cumsum(numbers) - numbers, numbers)
-        return pools, self._taken[pools] + within
+        self._order = Order(snapshot, seed, self.phases, global_batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
+        mine = self.global_batch_size // self.world_size
         while True:
-            mine = self.global_batch_size // self.world_size
-            pools, places = self._global_batch()
-            taken = self._taken + np.bincount(pools, minlength=len(self._pools))
-            part = slice(self.rank * mine, (self.rank + 1) * mine)
-            samples = [self._pools[p].sample(int(i)) for p, i in zip(pools[part], places[part], strict=True)]
-            batch = self._reader.batch(samples)
-            if self._mixture:
-                for pool, before, after in zip(self._pools, self._taken.tolist(), taken.tolist(), strict=True):
-                    if before and before // len(pool) < after // len(pool):
-                        self._say(f"the domain {pool.name} begins its epoch {after // len(pool) + 1}")
-            self.samples_consumed += self.global_batch_size
-            self._taken = taken
+            start = self.samples_consumed
+            samples = self._order.samples(start, start + self.global_batch_size, self._say)
+            batch = self._reader.batch(samples[self.rank * mine : (self.rank + 1) * mine])
+            self.samples_consumed = start + self.global_batch_size
             yield batch
 
     def fingerprint(self) -> dict[str, Any]:
@@ -284,7 +236,7 @@ class SequenceLoader:
     def state_dict(self) -> dict[str, Any]:
         """The position, as JSON values; the same on every rank."""
         state = {"samples_consumed": self.samples_consumed, **self.fingerprint()}
-        return state | {"domain_samples": self._taken.tolist()} if self._mixture else state
+        return state | {"domain_samples": self._order.taken} if self.phases else state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved position. One of other data, seed or batch size raises ModelError and names what differs."""
@@ -300,9 +252,5 @@ class SequenceLoader:
                 "resume with what it was saved with or start a new training."
             )
         self.samples_consumed = consumed
-        self._taken = np.asarray([consumed])
-        if self._mixture:
-            # What the state counted is what the mixture counts, which takes a while after some billions of samples.
-            counted = state.get("domain_samples")
-            known = isinstance(counted, list) and len(counted) == len(self._pools) and sum(counted) == consumed
-            self._taken = np.asarray(counted) if known else self._mixture.counts(consumed)
+        # What the state counted is what the mixture counts, which takes a while after some billions of samples.
+        self._order.go_to(consumed, state.get("domain_samples"))
