@@ -47,7 +47,7 @@ def iterable_dataset(
     return IterableDataset(samples, info=DatasetInfo(features=features))
 
 
-class _Samples(_BaseExamplesIterable):  # type: ignore[misc]
+class _Samples(_BaseExamplesIterable):
     """Of the first `stop` samples those at offset, offset + stride, ..."""
 
     def __init__(
@@ -63,7 +63,7 @@ class _Samples(_BaseExamplesIterable):  # type: ignore[misc]
     def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
         seed, mixture, global_batch_size = self._how
         order, reader = Order(self._snapshot, seed, mixture, global_batch_size), SequenceReader(self._snapshot)
-        done = self._state_dict["samples"] if self._state_dict else 0
+        done: int = self._state_dict["samples"] if isinstance(self._state_dict, dict) else 0
         while (start := done * self._stride) < self._stop:
             indices = order.samples(start, min(start + _READ * self._stride, self._stop))[self._offset :: self._stride]
             if not len(indices):  # fewer are left than ranks
@@ -71,7 +71,7 @@ class _Samples(_BaseExamplesIterable):  # type: ignore[misc]
             batch = reader.batch(indices)
             for row in range(len(batch)):
                 done += 1
-                if self._state_dict:
+                if isinstance(self._state_dict, dict):
                     self._state_dict["samples"] = done
                 yield (
                     self._offset + (done - 1) * self._stride,
