@@ -63,7 +63,8 @@ class _Samples(_BaseExamplesIterable):
     def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
         seed, mixture, global_batch_size = self._how
         order, reader = Order(self._snapshot, seed, mixture, global_batch_size), SequenceReader(self._snapshot)
-        done: int = self._state_dict["samples"] if isinstance(self._state_dict, dict) else 0
+        state: Any = self._state_dict  # None: nobody asks for it
+        done = int(state["samples"]) if state else 0
         while (start := done * self._stride) < self._stop:
             indices = order.samples(start, min(start + _READ * self._stride, self._stop))[self._offset :: self._stride]
             if not len(indices):  # fewer are left than ranks
@@ -71,8 +72,8 @@ class _Samples(_BaseExamplesIterable):
             batch = reader.batch(indices)
             for row in range(len(batch)):
                 done += 1
-                if isinstance(self._state_dict, dict):
-                    self._state_dict["samples"] = done
+                if state:
+                    state["samples"] = done
                 yield (
                     self._offset + (done - 1) * self._stride,
                     {
