@@ -158,5 +158,5 @@ def test_it_compiles_for_hopper_where_no_gpu_is(tmp_path: Path) -> None:
     )
     assert run.returncode == 0, run.stderr[-4000:]
     shared = [int(line) for line in run.stdout.split()]
-    assert len(shared) == 24
+    assert len(shared) == 31
     assert max(shared) <= 227 * 1024  # what a program may have on such a GPU
