@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ hopper = [
 ]
 on_hopper = lambda test: hopper[0](hopper[1](test))  # noqa: E731
 HALF = [torch.bfloat16, torch.float16]
+T = TypeVar("T")
 SHAPES = [  # T, D, F, E, K, experts that are chosen
     (1024, 128, 256, 4, 2, 4),
     (700, 512, 528, 5, 2, 5),
@@ -123,24 +125,30 @@ def busy_kernel(out, rounds, SIZE: tl.constexpr):
     tl.store(out + tl.program_id(0), tl.sum(x, 0))
 
 
-@on_hopper
-def test_it_goes_on_where_its_programs_cannot_all_run_at_once() -> None:
-    """Programs that meet must not wait for those that another kernel keeps from starting."""
-    case = make(4096, 512, 1024, 4, 2, torch.bfloat16, "cuda")
-    expected = every(case)
+def beside_another_kernel(call: Callable[[], T]) -> T:
+    """The call's result, begun while another kernel holds 64 multiprocessors."""
     out = torch.empty(64, device="cuda")
     torch.cuda.synchronize()
     other = torch.cuda.Stream()
     begin, start, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
     with torch.cuda.stream(other):
         begin.record()
-        busy_kernel[(64,)](out, 1_000_000, SIZE=1 << 15, num_warps=32)  # the registers of 64 multiprocessors
+        busy_kernel[(64,)](out, 1_000_000, SIZE=1 << 15, num_warps=32)  # all of their registers
         end.record()
     start.record()
-    found = every(case)
+    found = call()
     torch.cuda.synchronize()
-    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
     assert begin.elapsed_time(start) < begin.elapsed_time(end), "the other kernel had ended before ours began"
+    return found
+
+
+@on_hopper
+def test_it_goes_on_where_its_programs_cannot_all_run_at_once() -> None:
+    """Programs that meet must not wait for those that another kernel keeps from starting."""
+    case = make(4096, 512, 1024, 4, 2, torch.bfloat16, "cuda")
+    expected = every(case)
+    found = beside_another_kernel(lambda: every(case))
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
 @pytest.mark.slow
