@@ -10,10 +10,9 @@ beforehand and not timed), `datasets` the table's Parquet files. Each starts col
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,7 +28,7 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.corpus import write_sequences
-from benchmarks.harness import Different, arguments, compare, out, rows
+from benchmarks.harness import Result, arguments, compare, finish, out
 from benchmarks.loader import BATCH, check, digests, drain, epoch
 from model.loader.snapshot import Snapshot, open_sequences
 
@@ -80,11 +79,28 @@ def of_mosaicml(snapshot: Snapshot, folder: Path) -> Callable[[], Iterator[Tenso
 PEERS = {"datasets": ("datasets", of_datasets), "mosaicml": ("streaming", of_mosaicml)}
 
 
+def measure(name: str, snapshot: Snapshot, batches: Callable[[], Iterator[Tensor]], repetitions: int) -> Result:
+    """Check that both read the same sequences, then time them."""
+    check(
+        digests(row.astype("<u4") for batch in epoch(snapshot) for row in batch.tokens.numpy()),
+        digests(row.astype("<u4") for batch in batches() for row in batch.numpy()),
+    )
+    return compare(
+        claim=f"loader, {name}",
+        ours=("SequenceLoader, one shuffled epoch", lambda: drain(epoch(snapshot))),
+        peer=(name, lambda: drain(batches())),
+        target=TARGET,
+        tokens=snapshot.num_sequences * snapshot.sequence_length,
+        repetitions=repetitions,
+        notes={"sequences": snapshot.num_sequences},
+    )
+
+
 def main() -> int:
     parser = arguments(__doc__, megabytes=40, repetitions=5)
     parser.add_argument("--sequence-length", type=int, default=2048, help="length of a sequence (tokens)")
     asked = parser.parse_args()
-    results = []
+    code = 0
     with TemporaryDirectory(prefix="lakemoe-bench-") as made:
         folder = Path(made)
         write_sequences(folder, asked.megabytes, sequence_length=asked.sequence_length, files=4, multiple=BATCH)
@@ -93,31 +109,9 @@ def main() -> int:
             if find_spec(module) is None:
                 out.print(f"{name} is not installed: left out")
                 continue
-            batches = peer(snapshot, folder)
-            try:
-                check(
-                    digests(row.astype("<u4") for batch in epoch(snapshot) for row in batch.tokens.numpy()),
-                    digests(row.astype("<u4") for batch in batches() for row in batch.numpy()),
-                )
-            except Different as error:
-                print(f"{name}: {error}", file=sys.stderr)
-                return 1
-            results.append(
-                compare(
-                    claim=f"loader, {name}",
-                    ours=("SequenceLoader, one shuffled epoch", lambda: drain(epoch(snapshot))),
-                    peer=(name, lambda batches=batches: drain(batches())),  # type: ignore[misc]
-                    target=TARGET,
-                    tokens=snapshot.num_sequences * snapshot.sequence_length,
-                    repetitions=asked.repetitions,
-                    notes={"sequences": snapshot.num_sequences},
-                )
-            )
-    found = [asdict(result) for result in results]
-    asked.out.mkdir(parents=True, exist_ok=True)
-    (asked.out / "loader_peers.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    out.print(rows(found))
-    return 0
+            timed = partial(measure, name, snapshot, peer(snapshot, folder), asked.repetitions)
+            code = max(code, finish(f"loader_{name}", asked.out, timed))
+    return code
 
 
 if __name__ == "__main__":
