@@ -25,7 +25,7 @@ from deltalake.exceptions import TableNotFoundError
 
 from jobs import console
 from model.registry.tables import read_rows
-from pipelines.tables import OPS_RUNS, TABLES, table_uri
+from pipelines.tables import FILES, OPS_RUNS, TABLES, table_uri
 
 GOOD = ("succeeded", "unchanged")
 _DIRTY = ".dirty"
@@ -152,21 +152,15 @@ def last_good(lake: str, job: str) -> list[dict[str, Any]]:
 
 
 def last_state(
-    lake: str,
-    job: str,
-    configuration: dict[str, Any],
-    others: Mapping[str, int] | None = None,
-    *,
-    moving: str | None = None,
+    lake: str, job: str, configuration: dict[str, Any], others: Mapping[str, int] | None = None
 ) -> dict[str, Any] | None:
     """The job's last good run, where what it left is still a state to go on from; None: the job looks at everything.
 
-    So it is where its settings and code are today's, where its inputs that are no tables are the same, and where
-    nothing but recorded runs of other jobs and editions, and Delta's own upkeep, has written to its tables since. Code
-    that was edited since its commit is never the same.
+    So it is where its settings and code are today's, where its inputs that are neither tables nor sources are the same,
+    and where nothing but recorded runs of other jobs and editions, and Delta's own upkeep, has written to its tables
+    since. Code that was edited since its commit is never the same.
 
-    others: the versions of inputs that are no tables, as ops.runs names them. moving: those whose names begin so may
-    be at other versions, as tables may.
+    others: the versions of inputs that are no tables, as ops.runs names them.
     """
     if code_version().endswith(_DIRTY):
         return None
@@ -186,17 +180,20 @@ def last_state(
     seen = {name: v for name, v in versions(last["inputs"]).items() if name not in TABLES}
     if seen.keys() != beside.keys():
         return None
-    if any(seen[name] != v for name, v in beside.items() if moving is None or not name.startswith(moving)):
+    if any(seen[name] != v for name, v in beside.items() if not name.startswith(FILES)):
         return None
     if all(_continued(lake, name, version, known) for name, version in versions(last["outputs"]).items()):
         return last
     return None
 
 
-def is_current(lake: str, run: Mapping[str, Any]) -> bool:
-    """Whether the tables that the run read are at the versions that it read: then it would write nothing."""
-    read = versions(run["inputs"])
-    return all(table_version(lake, name) == version for name, version in read.items() if name in TABLES)
+def is_current(lake: str, run: Mapping[str, Any], others: Mapping[str, int]) -> bool:
+    """Whether all that the run read is at the versions that it read: then it would write nothing.
+
+    others: the versions of inputs that are no tables, as ops.runs names them.
+    """
+    read = versions(run["inputs"]).items()
+    return all((table_version(lake, name) if name in TABLES else others.get(name)) == version for name, version in read)
 
 
 def _continued(lake: str, name: str, version: int, run_ids: set[str]) -> bool:

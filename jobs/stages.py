@@ -19,7 +19,7 @@ from pipelines.decontaminate.config import DecontaminateConfig
 from pipelines.decontaminate.sets import read_sets, sets_input
 from pipelines.dedup.config import DedupConfig
 from pipelines.ingest.config import IngestConfig
-from pipelines.ingest.listing import FILES, ingest_input, list_sources
+from pipelines.ingest.listing import ingest_input, list_sources
 from pipelines.pack.config import PackConfig
 from pipelines.tables import OPS_ERASURES, TABLES
 from pipelines.tokenize.config import TokenizeConfig, TrainTokenizerConfig
@@ -57,14 +57,11 @@ def run_stage(job: str, lake: str, config: BaseModel) -> dict[str, int]:
     Returns its counts.
     """
     beside, options = _read_beside_tables(lake, config)
-    configuration = config.model_dump(mode="json")
-    last = runs.last_state(lake, job, configuration, beside)
-    if last and runs.is_current(lake, last):
+    last = runs.last_state(lake, job, config.model_dump(mode="json"), beside)
+    if last and runs.is_current(lake, last, beside):
         counts = dict(last["counts"])
         console.done(job, "unchanged", counts)
         return counts
-    if last is None and isinstance(config, IngestConfig):
-        last = runs.last_state(lake, job, configuration, beside, moving=FILES)
     return record_stage(job, lake, config, since=runs.versions(last["inputs"]) if last else None, **options)
 
 

@@ -302,6 +302,9 @@ GOLD_SEQUENCES = Table(
 
 TABLE_VERSION = pa.struct([pa.field("table", pa.string()), pa.field("version", pa.int64())])
 
+# How ops.runs names a source that a run read, and that changes as tables do: with its name behind.
+FILES = "files:"
+
 OPS_RUNS = Table(
     name="ops.runs",
     comment="every run of every job",

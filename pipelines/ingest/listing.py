@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 from pipelines.errors import LakeError
 from pipelines.ingest.config import Format, IngestConfig, SourceConfig, format_of, glob_base, is_glob
 from pipelines.ingest.languages import extension
-from pipelines.tables import hash_version
+from pipelines.tables import FILES, hash_version
 
 if TYPE_CHECKING:
     from pipelines.ingest.hugging_face import DataSet
@@ -202,10 +202,6 @@ def list_sources(config: IngestConfig, lake: str) -> dict[SourceConfig, Listing]
     """List every source, resolved, in the order of the configuration; a lake that lies in one is no part of it."""
     exclude = None if "://" in lake else lake
     return {s: list_source(i, s, exclude=exclude) for i, s in enumerate(config.resolved_sources())}
-
-
-# How ops.runs names what is no table and changes by itself: sources.
-FILES = "files:"
 
 
 def input_name(source: SourceConfig, listing: Listing) -> str:
