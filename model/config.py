@@ -52,11 +52,27 @@ class ModelConfig(BaseModel):
         default=None, gt=0, description="cap * tanh(score / cap) before the softmax"
     )
     rope_base: float = Field(default=1e4, gt=0, description="base of the rotary embedding's wave lengths")
+    router_score: Literal["softmax", "sigmoid"] = Field(
+        default="softmax", description="scores of the experts: softmax over all of them, or each one's sigmoid"
+    )
     router_normalize: Literal["l1", "none"] = Field(
-        default="l1",
-        description="weights of the chosen: softmax over all experts, then made to sum to one (l1) or as they are",
+        default="l1", description="weights of the chosen: their scores, made to sum to one (l1) or as they are"
     )
     balance_loss_weight: float = Field(default=0.0, ge=0, description="weight of the auxiliary loss (1 when balanced)")
+    router_z_loss_weight: float = Field(
+        default=0.0,
+        ge=0,
+        description="weight of the router's z-loss, the mean squared log of its softmax's denominator",
+    )
+    router_bias_rate: float | None = Field(
+        default=None,
+        ge=0,
+        description="balancing without loss: what each expert's bias moves by a step (DeepSeek-V3: 0.001); 0 keeps the "
+        "biases as they are, none is a router without them",
+    )
+    router_jitter: float = Field(
+        default=0.0, ge=0, lt=1, description="the router's input is multiplied in training by 1 - this to 1 + this"
+    )
     tied_head: bool = Field(default=False, description="the head is the embedding")
     embedding_multiplier: float = Field(default=1.0, gt=0, description="factor on the embeddings")
     logit_multiplier: float = Field(default=1.0, gt=0, description="factor on the logits")
@@ -72,7 +88,24 @@ class ModelConfig(BaseModel):
             raise ValueError(f"head_width ({self.head_width}) must be even: rotary embedding turns pairs of features")
         if self.experts_chosen > self.experts:
             raise ValueError(f"experts_chosen ({self.experts_chosen}) must be at most experts ({self.experts})")
+        self._balances()
         return self
+
+    def _balances(self) -> None:
+        """Refuse what would train and do nothing, or not what it says."""
+        if self.router_z_loss_weight and self.router_score == "sigmoid":
+            raise ValueError(
+                "router_z_loss_weight bounds the denominator of softmax scores, and sigmoid scores have none: "
+                "leave it out, or take router_score softmax"
+            )
+        if self.experts_chosen == self.experts:
+            if self.router_bias_rate is not None:
+                raise ValueError("router_bias_rate moves the choice of experts, but all are chosen: leave it out")
+        elif self.experts_chosen == 1 and self.router_normalize == "l1":
+            raise ValueError(
+                "experts_chosen 1 with router_normalize l1 gives every chosen expert the weight 1, from which a router "
+                "learns nothing: take router_normalize none"
+            )
 
     @property
     def query_width(self) -> int:

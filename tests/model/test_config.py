@@ -15,20 +15,21 @@ def test_presets_are_the_table_of_the_design() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters", "active"),
-    [("dbrx", 131_596_523_520, 36_469_708_800), ("mixtral-8x7b", 46_702_792_704, 12_879_925_248)],
+    ("name", "parameters", "active", "published"),
+    [
+        ("dbrx", 131_596_523_520, 36_469_708_800, ("131,596,523,520", "36,469,708,800")),
+        ("mixtral-8x7b", 46_702_792_704, 12_879_925_248, ("46,702,792,704", "12,879,925,248")),
+        ("grok-1", 315_684_820_992, 83_756_587_008, ("315.7 B", "83.8 B")),
+        ("olmoe", 6_919_161_856, 1_282_017_280, ("6.919 B", "1.282 B")),
+    ],
 )
-def test_counts_equal_the_published_to_the_last(name: str, parameters: int, active: int) -> None:
+def test_counts_are_the_published(name: str, parameters: int, active: int, published: tuple[str, str]) -> None:
+    """To the last where they are published so, else to their digits; pinned to the last all the same."""
     config = load_preset(name)
     assert (config.parameters, config.active_parameters) == (parameters, active)
-
-
-@pytest.mark.parametrize(("name", "parameters", "active"), [("grok-1", "315.7", "83.8"), ("olmoe", "6.919", "1.282")])
-def test_counts_equal_the_published_digits(name: str, parameters: str, active: str) -> None:
-    config = load_preset(name)
-    digits = len(parameters.split(".")[1])
-    assert f"{config.parameters / 1e9:.{digits}f}" == parameters
-    assert f"{config.active_parameters / 1e9:.{digits}f}" == active
+    for count, digits in zip((parameters, active), published, strict=True):
+        places = len(digits.removesuffix(" B").partition(".")[2])
+        assert digits == (f"{count / 1e9:.{places}f} B" if digits.endswith("B") else f"{count:,}")
 
 
 @pytest.mark.parametrize("name", preset_names())
