@@ -135,9 +135,11 @@ def evaluate(
     """Every target of ``held_out`` once, in canonical order; the same weights and data give the same figures."""
     losses, befores, words, domains = [], [], [], []
     model.eval()
+    if model.device.type == "cuda":
+        model.compute_in(torch.bfloat16)
     for done, batch in enumerate(in_order(held_out, config.batch_size)):
         mask = batch.loss_mask[:, 1:]
-        with torch.inference_mode(), torch.autocast(model.device.type, torch.bfloat16, model.device.type == "cuda"):
+        with torch.inference_mode():
             hidden = model.hidden(
                 batch.tokens.to(model.device),
                 positions_BS=batch.positions.to(model.device),

@@ -1,11 +1,13 @@
 """Causal self-attention: grouped queries, rotary embedding, and the variants that the configuration names.
 
-Leaves out variable-length kernels: packed documents are kept apart by a mask.
+Packed documents are kept apart by a mask: on a GPU in model/network/flex.py, elsewhere in scaled_dot_product_attention.
 Legend: B sequences, S tokens of this call, C tokens in the cache, N query heads, M key/value heads, H head width,
 D width.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,9 @@ from torch.nn import functional as F
 from model.config import ModelConfig
 from model.network.cache import KVCache
 from model.network.norm import Norm
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 def rotary_angles(positions_BS: Tensor, head_width: int, base: float) -> tuple[Tensor, Tensor]:
@@ -29,17 +34,24 @@ def rotate(x_BNSH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_BNSH.dtype)
 
 
-def attention_mask(segment_ids_BS: Tensor | None, positions_BS: Tensor, capacity: int | None) -> Tensor | None:
-    """Who attends to whom, bool [B, 1, S, S or C]; None where plain causal attention says it.
+def attention_mask(
+    segment_ids_BS: Tensor | None, positions_BS: Tensor, capacity: int | None
+) -> Tensor | BlockMask | None:
+    """Who attends to whom; None where plain causal attention says it.
 
     With segments, a token sees the earlier tokens of its own segment only; padding (-1) sees padding, so that no row is
-    empty. With a cache of ``capacity`` slots, a token sees every slot up to its own position.
+    empty: bool [B, 1, S, S], on a GPU a BlockMask that says the same. With a cache of ``capacity`` slots, a token sees
+    every slot up to its own position: bool [B, 1, S, C].
     """
     if capacity is not None:
         slots = torch.arange(capacity, device=positions_BS.device)
         return (slots <= positions_BS[:, :, None])[:, None]
     if segment_ids_BS is None:
         return None
+    if segment_ids_BS.is_cuda:
+        from model.network.flex import document_mask
+
+        return document_mask(segment_ids_BS)
     length = segment_ids_BS.shape[1]
     same = segment_ids_BS[:, :, None] == segment_ids_BS[:, None, :]
     causal = torch.ones(length, length, dtype=torch.bool, device=segment_ids_BS.device).tril()
@@ -60,7 +72,11 @@ class Attention(nn.Module):
         self.k_norm = Norm("rms_norm", config.kv_width, config.norm_eps) if config.qk_norm else None
 
     def forward(
-        self, x_BSD: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None = None
+        self,
+        x_BSD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | BlockMask | None,
+        cache: KVCache | None = None,
     ) -> Tensor:
         c = self.config
         batch, length, _ = x_BSD.shape
@@ -74,8 +90,13 @@ class Attention(nn.Module):
         v = v.view(batch, length, c.kv_heads, c.head_width).transpose(1, 2)
         if cache is not None:
             k, v = cache.write(self.layer, k, v)
-        # Expanded here and not by enable_gqa: with a mask, that falls back to the unfused path on a GPU.
+        if mask is not None and not isinstance(mask, Tensor):
+            from model.network.flex import attend
+
+            y = attend(q, k, v, mask, c.attention_soft_cap)
+            return self.out(y.transpose(1, 2).reshape(batch, length, c.query_width))
         groups = c.heads // c.kv_heads
+        # Expanded here and not by enable_gqa: with a mask, that falls back to the unfused path on a GPU.
         k, v = (t.repeat_interleave(groups, dim=1) if groups > 1 else t for t in (k, v))
         if c.attention_soft_cap is not None:
             y = _soft_capped(q, k, v, mask, c.attention_soft_cap)

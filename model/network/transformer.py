@@ -7,33 +7,53 @@ Legend: B sequences, S tokens, D width, V vocabulary, L layers, E experts.
 from __future__ import annotations
 
 from math import sqrt
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from model.config import ModelConfig
 from model.network.attention import Attention, attention_mask, rotary_angles
 from model.network.cache import KVCache
 from model.network.moe import MoE
 from model.network.norm import Norm
+from model.network.router import RouterSums
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 
 class Hidden(NamedTuple):
-    """states [B, S, D]: times head_weight they are the logits; aux_loss scalar (mean of layers); router_load [L, E]."""
+    """states [B, S, D]: times head_weight they are the logits; router: the sums of all layers, [L, ...]."""
 
     states: Tensor
-    aux_loss: Tensor
-    router_load: Tensor
+    router: RouterSums
 
 
 class Output(NamedTuple):
-    """logits [B, S, V]; aux_loss scalar, the layers' mean, 1 when balanced; router_load [L, E], fractions a layer."""
+    """logits [B, S, V]; router: the sums of all layers, [L, ...]."""
 
     logits: Tensor
-    aux_loss: Tensor
-    router_load: Tensor
+    router: RouterSums
+
+
+def computes(name: str, parameter: Tensor) -> bool:
+    """Whether a parameter is cast to the dtype of the products: matrices, but for the routers' (ST-MoE, section 4)."""
+    return parameter.dim() > 1 and not name.endswith("router.weight")
+
+
+def assign(parameter: Tensor, whole: Tensor) -> None:
+    """Copy a whole tensor into a parameter, or into this rank's part of a distributed one."""
+    if hasattr(parameter, "device_mesh"):
+        from torch.distributed.tensor import DTensor, distribute_tensor  # seconds that one process need not wait
+
+        assert isinstance(parameter, DTensor)
+        part = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.to_local().copy_(part.to_local())
+    else:
+        parameter.copy_(whole)
 
 
 class Block(nn.Module):
@@ -56,13 +76,13 @@ class Block(nn.Module):
         self,
         x: Tensor,
         rotary: tuple[Tensor, Tensor],
-        mask: Tensor | None,
+        mask: Tensor | BlockMask | None,
         valid_T: Tensor | None,
         cache: KVCache | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, RouterSums]:
         x = x + self.attention_post_norm(self.attention(self.attention_norm(x), rotary, mask, cache))
-        y, aux_loss, load_E = self.moe(self.moe_norm(x), valid_T)
-        return x + self.moe_post_norm(y), aux_loss, load_E
+        y, sums = self.moe(self.moe_norm(x), valid_T)
+        return x + self.moe_post_norm(y), sums
 
 
 class Transformer(nn.Module):
@@ -71,9 +91,13 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        table = torch.empty(config.vocab_size, config.width)
+        # On meta its own normal_ would import a compiler, for seconds; elsewhere it is part of the random stream.
+        self.embedding = nn.Embedding(config.vocab_size, config.width, _weight=table if table.is_meta else None)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = Norm(config.norm, config.width, config.norm_eps)
+        # Keep only each block's input for backward and run the block again there (Chen et al. 2016).
+        self.recompute = False
         self.head = None if config.tied_head else nn.Linear(config.width, config.vocab_size, bias=False)
         self.initialize()
 
@@ -81,7 +105,8 @@ class Transformer(nn.Module):
     def initialize(self) -> None:
         """Normal weights of init_std; those that write to the residual over sqrt(2 * layers) (GPT-2); norms one.
 
-        A function of torch's random state and the configuration.
+        Biases of routers zero. A function of torch's random state on the CPU and the configuration, whatever the device
+        and however the parameters are distributed: each is drawn whole, in order, and every rank keeps its part.
         """
         std = self.config.init_std
         for name, parameter in self.named_parameters():
@@ -89,9 +114,20 @@ class Transformer(nn.Module):
                 continue
             if parameter.dim() == 1:
                 parameter.fill_(1.0)
-            else:
-                residual = name.endswith(("attention.out.weight", "moe.w2"))
-                parameter.normal_(0.0, std / sqrt(2 * self.config.layers) if residual else std)
+                continue
+            residual = name.endswith(("attention.out.weight", "moe.w2"))
+            scale = std / sqrt(2 * self.config.layers) if residual else std
+            assign(parameter, torch.empty(parameter.shape, dtype=torch.float32, device="cpu").normal_(0.0, scale))
+        for buffer in self.buffers():
+            if not buffer.is_meta:
+                buffer.zero_()  # the routers' biases, which to_empty leaves as they come
+
+    def compute_in(self, dtype: torch.dtype) -> Self:
+        """Cast all matrices but the routers' to ``dtype``: what products run in. Norms and routers stay as they are."""
+        for name, parameter in self.named_parameters():
+            if computes(name, parameter):
+                parameter.data = parameter.data.to(dtype)
+        return self
 
     @property
     def head_weight(self) -> Tensor:
@@ -130,15 +166,17 @@ class Transformer(nn.Module):
             mask = attention_mask(None, positions_BS, cache.capacity)
         valid_T = None if segment_ids_BS is None else (segment_ids_BS >= 0).flatten()
         x = self.embedding(tokens_BS) * c.embedding_multiplier
-        losses, loads = [], []
+        layers = []
         for block in self.blocks:
-            x, aux_loss, load_E = block(x, rotary, mask, valid_T, cache)
-            losses.append(aux_loss)
-            loads.append(load_E)
+            if self.recompute and torch.is_grad_enabled():
+                x, sums = checkpoint(block, x, rotary, mask, valid_T, cache, use_reentrant=False)
+            else:
+                x, sums = block(x, rotary, mask, valid_T, cache)
+            layers.append(sums)
         if cache is not None:
             cache.advance(tokens_BS.shape[1])
         states = self.norm(x) * c.logit_multiplier
-        return Hidden(states, torch.stack(losses).mean(), torch.stack(loads).detach())
+        return Hidden(states, RouterSums(*(torch.stack(of_layers) for of_layers in zip(*layers, strict=True))))
 
     def forward(
         self,
@@ -149,7 +187,5 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
     ) -> Output:
         """tokens int64 [B, S] -> logits [B, S, V] of each next token; the arguments are those of ``hidden``."""
-        states, aux_loss, load_LE = self.hidden(
-            tokens_BS, positions_BS=positions_BS, segment_ids_BS=segment_ids_BS, cache=cache
-        )
-        return Output(F.linear(states, self.head_weight), aux_loss, load_LE)
+        states, router = self.hidden(tokens_BS, positions_BS=positions_BS, segment_ids_BS=segment_ids_BS, cache=cache)
+        return Output(F.linear(states, self.head_weight), router)
