@@ -31,5 +31,6 @@ JOBS: dict[str, Job] = {
     "lineage": Job("jobs.lineage", "the way from a model's version back to tables, jobs and code"),
     "generate": Job("jobs.generate", "complete a prompt with a registered model"),
     "serve": Job("jobs.serve", "serve a registered model over HTTP, in the OpenAI shape"),
+    "export": Job("jobs.export", "write a model as a Hugging Face folder, for vLLM and transformers"),
     "describe": Job("jobs.describe", "parameters and memory of a model preset, without allocating it"),
 }
