@@ -14,7 +14,7 @@ from jobs.settings import JobSettings
 from model.evaluate.held_out import EvaluateConfig, Evaluation, evaluate_folder
 from model.registry.load import download
 from model.train.config import TrainConfig
-from model.train.trainer import finished
+from model.train.plan import finished
 
 
 class Settings(JobSettings):

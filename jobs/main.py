@@ -63,6 +63,8 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
+        if getattr(error, "told_by_main", False):  # by a training's first process, for all
+            return explain(error, name)[1]
         return _say(*explain(error, name))
 
 

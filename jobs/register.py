@@ -13,7 +13,7 @@ from jobs.settings import JobSettings
 from model.evaluate.held_out import EvaluateConfig, Evaluation
 from model.registry.register import RegisteredVersion, register
 from model.train.config import TrainConfig, TrainSummary
-from model.train.trainer import finished
+from model.train.plan import finished
 
 
 class Settings(JobSettings):

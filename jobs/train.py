@@ -1,29 +1,66 @@
-"""Train a mixture of experts on a pinned version of gold.sequences; killed anywhere, the next run goes on."""
+"""Train a mixture of experts on a pinned version of gold.sequences; killed anywhere, the next run goes on.
+
+``--dry-run`` says what a training needs and how fast it is, before anything is spent (model/train/estimate.py).
+"""
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from jobs import console, runs
+from jobs import console
+from jobs.estimates import print_assumptions, print_estimate
+from jobs.launch import Launcher, is_main, launch
 from jobs.main import main
-from jobs.settings import JobSettings
-from model.registry.store import tracking_uri
-from model.train.config import TrainConfig, TrainSummary
-from model.train.journal import read_run
-from model.train.trainer import train
-from pipelines.tables import GOLD_SEQUENCES
+from jobs.settings import JobSettings, UsageError
+from model.config import ModelConfig, load_preset
+from model.train.config import TrainConfig
+from model.train.estimate import estimate
+from model.train.machine import MACHINES, MachineName
+from model.train.memory import TrainShape
+from pipelines.tables import GOLD_SEQUENCES, tokenizer_uri
+
+if TYPE_CHECKING:
+    from model.train.config import TrainSummary
+
+# Of a dry run where neither the settings nor a lake's data say it.
+SEQUENCE_LENGTH = 4096
 
 
 class Settings(JobSettings):
     """Train a mixture of experts on a pinned version of gold.sequences; killed anywhere, the next run goes on."""
 
     train: TrainConfig = Field(default_factory=TrainConfig, description="settings of the training")
+    dry_run: bool = Field(False, description="estimate memory and time of the training; nothing is allocated or read")
+    model: str | None = Field(
+        None,
+        description="dry run: this preset with its own vocabulary, whatever the lake holds (default: train.preset)",
+    )
+    gpus: int | None = Field(None, ge=1, description="dry run: GPUs to train on (default: 1)")
+    processes: int = Field(
+        1, ge=1, description="processes that train together, each on a GPU of its own where there are"
+    )
+    launcher: Launcher = Field(
+        "torchrun",
+        description="what starts them: torchrun on this machine, or Spark's TorchDistributor in barrier mode",
+    )
+    machine: MachineName = Field("h200", description="dry run: the GPU")
+    network: float = Field(400, gt=0, description="dry run: network between nodes of 8 GPUs (Gbit/s a GPU)")
+    assumptions: bool = Field(False, description="dry run: also print every figure that the estimate assumes")
 
 
 def run_training(lake: str, config: TrainConfig) -> TrainSummary:
-    """Train, or find it done, and record it in ops.runs."""
+    """Train, or find it done, and record it in ops.runs; of several processes, the first one records."""
+    # Here, so that a dry run does not wait seconds for torch and MLflow.
+    from jobs import runs
+    from model.train.journal import read_run
+    from model.train.trainer import train
+
+    if not is_main():
+        return train(lake, config)
     before = read_run(config.output_folder(lake)) or {}
     with runs.recorded(lake, "train", config.model_dump(mode="json")) as run:
         summary = train(lake, config, code_version=runs.code_version())
@@ -36,12 +73,90 @@ def run_training(lake: str, config: TrainConfig) -> TrainSummary:
     return summary
 
 
-def run(settings: Settings) -> None:
-    summary = run_training(settings.lake, settings.train)
+def planned(settings: Settings) -> tuple[ModelConfig, int, str]:
+    """The model and the tokens a sequence that a dry run is about, and where they come from, in words."""
+    config, lake = settings.train, settings.lake.removeprefix("file://")
+    model = load_preset(settings.model or config.preset, **config.overrides)
+    if settings.model is None and (Path(GOLD_SEQUENCES.uri(lake)) / "_delta_log").is_dir():
+        from tokenizers import Tokenizer
+
+        from model.loader.snapshot import open_sequences
+
+        data = open_sequences(lake, config.sequences_version, "train", config.tokenizer_id, config.sequence_length)
+        vocabulary = Tokenizer.from_file(tokenizer_uri(lake, data.tokenizer_id)).get_vocab_size(with_added_tokens=True)
+        model = load_preset(config.preset, **{"vocab_size": vocabulary, **config.overrides})
+        return model, data.sequence_length, f"sequences of {data.sequence_length:,} tokens, as in {settings.lake}"
+    if config.sequence_length is not None:
+        return model, config.sequence_length, f"sequences of {config.sequence_length:,} tokens, as set"
+    length = min(SEQUENCE_LENGTH, model.max_seq_len)
+    return model, length, f"sequences of {length:,} tokens, as train.sequence_length is not set"
+
+
+def shape(config: TrainConfig, gpus: int, sequence_length: int) -> tuple[TrainShape, str]:
+    """How the settings train on so many GPUs, and where the batch comes from, in words.
+
+    A global_batch_size left at its default grows to what every GPU needs. Raises UsageError where it cannot be shared.
+    """
+    batch = config.global_batch_size
+    words = f"{batch:,} sequences a step"
+    if batch == TrainConfig.model_fields["global_batch_size"].default and batch % gpus:
+        batch = gpus * (config.micro_batch_size or 1)
+        words = f"{batch:,} sequences a step, as train.global_batch_size is not set"
+    if batch % gpus:
+        raise UsageError(
+            f"train.global_batch_size {batch} cannot be shared by {gpus} GPUs; take a multiple of their number."
+        )
+    if gpus % config.expert_parallel:
+        raise UsageError(f"train.expert_parallel {config.expert_parallel} must divide the number of GPUs, {gpus}.")
+    each = batch // gpus
+    micro = min(config.micro_batch_size or each, each)
+    made = TrainShape(
+        gpus=gpus,
+        sequence_length=sequence_length,
+        micro_batch_size=micro,
+        accumulation=-(-each // micro),
+        expert_parallel=config.expert_parallel,
+        activation_checkpointing=config.activation_checkpointing,
+        loss_chunk=config.loss_chunk,
+        moments=config.moments,
+    )
+    return made, words
+
+
+def dry_run(settings: Settings) -> None:
+    """Print what the training needs and how fast it is."""
+    model, length, source = planned(settings)
+    how, batch = shape(settings.train, settings.gpus or 1, length)
+    machine = MACHINES[settings.machine].with_network(settings.network)
+    console.note(f"Dry run: {source}; {batch}.")
+    print_estimate(estimate(model, how, machine), settings.train.steps)
+    if settings.assumptions:
+        print_assumptions(machine)
+
+
+def run(settings: Settings) -> int | None:
+    if settings.dry_run:
+        dry_run(settings)
+        return None
+    if settings.model is not None or settings.gpus is not None:
+        raise UsageError("--model and --gpus are of a dry run; add --dry-run, or name the model with --train.preset.")
+    if settings.processes > 1:
+        return launch(settings.launcher, settings.processes, settings.lake, settings.train)
+    train_here(settings.lake, settings.train)
+    return None
+
+
+def train_here(lake: str, config: TrainConfig) -> None:
+    """Train in this process, alone or as one of several; the first one says where the result lies."""
+    from model.registry.store import tracking_uri
+
+    summary = run_training(lake, config)
+    if not is_main():
+        return
     console.note(f"The checkpoint is {summary.checkpoint}, the last loss {summary.final_loss:.4f} nats a token.")
-    store = tracking_uri(settings.lake)
+    store = tracking_uri(lake)
     console.note(f"The run is {summary.mlflow_run_id}; to see it: mlflow ui --backend-store-uri {store}")
-    console.note(f"Next: lakemoe evaluate --training {settings.train.name} --lake {settings.lake}")
+    console.note(f"Next: lakemoe evaluate --training {config.name} --lake {lake}")
 
 
 if __name__ == "__main__":

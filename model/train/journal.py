@@ -14,8 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from model.errors import ModelError
 from model.train.checkpoint import write_json
 
@@ -99,22 +97,3 @@ class Journal:
                 line = json.loads(text)
                 if line["step"] > after and (until is None or line["step"] <= until):
                     yield line
-
-
-def load_metrics(load_LE: Tensor) -> dict[str, Any]:
-    """How evenly the experts are used, from fractions of the assignments [L, E].
-
-    expert_load_max: the fullest expert over the mean, 1 when even, a value a layer and (as ..._worst) the largest;
-    expert_entropy: mean over layers, 1 when even; dead_experts: those that got nothing, all layers.
-    """
-    load = load_LE.double().cpu()
-    experts = load.shape[1]
-    fullest = (load.max(dim=1).values * experts).tolist()
-    entropy = -(load * load.clamp(min=1e-12).log()).sum(dim=1)
-    even = Tensor.log(load.new_tensor(float(experts))) if experts > 1 else load.new_tensor(1.0)
-    return {
-        "expert_load_max": fullest,
-        "expert_load_max_worst": max(fullest),
-        "expert_entropy": float((entropy / even).mean()),
-        "dead_experts": int((load == 0).sum()),
-    }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -12,20 +12,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 class TrainingProgress:
     """Shows steps done with loss and tokens a second; a line every ``every`` steps where there is no terminal."""
 
-    def __init__(self, total: int, start: int, every: int) -> None:
-        self._console = Console(soft_wrap=True, highlight=False)
+    def __init__(self, total: int, start: int, every: int, *, quiet: bool = False) -> None:
+        self._console = Console(soft_wrap=True, highlight=False, quiet=quiet)
         self._total, self._every = total, every
         self._bar: Progress | None = None
-        if self._console.is_terminal:
+        if self._console.is_terminal and not quiet:
             self._bar = Progress(
                 TextColumn("train"),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]:,.0f} tokens/s"),
+                TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]}"),
                 TimeRemainingColumn(),
                 console=self._console,
             )
-            self._task = self._bar.add_task("train", total=total, completed=start, loss=float("nan"), speed=0.0)
+            self._task = self._bar.add_task("train", total=total, completed=start, loss=float("nan"), speed="")
 
     def __enter__(self) -> Self:
         if self._bar:
@@ -38,12 +38,15 @@ class TrainingProgress:
         if self._bar:
             self._bar.stop()
 
-    def step(self, done: int, loss: float, tokens_per_second: float) -> None:
-        """``done`` steps are done."""
+    def step(self, done: int, line: dict[str, Any]) -> None:
+        """``done`` steps are done, the last of them with this line."""
+        speed = f"{line['tokens_per_second']:,.0f} tokens/s"
+        if "mfu" in line:
+            speed += f"  MFU {line['mfu']:.2f}"
         if self._bar:
-            self._bar.update(self._task, completed=done, loss=loss, speed=tokens_per_second)
+            self._bar.update(self._task, completed=done, loss=line["loss"], speed=speed)
         elif done % self._every == 0 or done in (1, self._total):
-            self.say(f"train: step {done}/{self._total}  loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s")
+            self.say(f"train: step {done}/{self._total}  loss {line['loss']:.4f}  {speed}")
 
     def say(self, line: str) -> None:
         """A line of its own."""

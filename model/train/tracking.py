@@ -2,18 +2,22 @@
 
 The run is found by its id in run.json, or, where a kill fell between making it and writing that down, by a tag. Metrics
 are sent from the journal, whole steps at a time and in order, only up to a checkpoint's step; the last step that MLflow
-has says where to go on. A tracking server that fails while training costs a warning: the next checkpoint catches up.
+has says where to go on. They are sent by a thread of their own, so that a tracking server that is slow does not slow
+the training; one that fails costs a warning, and the next checkpoint catches up.
 
 Leaves out: system metrics, artifacts (the registry logs the model).
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
+from queue import SimpleQueue
 from typing import Any
 
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
@@ -28,6 +32,7 @@ from model.train.journal import Journal
 TRAINING_TAG = "lakemoe.training_id"
 ANCHOR = "loss"  # the metric whose last step says how far MLflow got
 METRICS_A_CALL = 1000  # MLflow's limit
+LAYER_METRICS = ("expert_load_max", "layer_entropy", "layer_dead_experts")  # tokens an expert stay in the journal
 
 
 class Tracking:
@@ -89,6 +94,29 @@ class Tracking:
             return f"MLflow at {self.uri} took no metrics ({error})"
         return None
 
+    @contextlib.contextmanager
+    def follow(self, journal: Journal, say: Callable[[str], None]) -> Iterator[Callable[[int], None]]:
+        """Send the journal in the background up to each step that the given function is told, until the end."""
+        told: SimpleQueue[int | None] = SimpleQueue()
+
+        def work() -> None:
+            while (until := told.get()) is not None:
+                while not told.empty():  # only the newest counts
+                    newer = told.get()
+                    if newer is None:
+                        return
+                    until = newer
+                if trouble := self.send(journal, until):
+                    say(f"train: {trouble}; the next checkpoint tries again")
+
+        thread = threading.Thread(target=work, name="mlflow")
+        thread.start()
+        try:
+            yield told.put
+        finally:
+            told.put(None)
+            thread.join()
+
     def end(self, status: str) -> None:
         """Mark the run FINISHED, FAILED or KILLED, where MLflow can be reached."""
         try:
@@ -99,8 +127,9 @@ class Tracking:
 
 def _metrics(line: dict[str, Any]) -> list[Metric]:
     numbers = {k: float(v) for k, v in line.items() if k not in ("step", "time") and isinstance(v, int | float)}
-    for layer, value in enumerate(line.get("expert_load_max", ())):
-        numbers[f"expert_load_max/layer_{layer:02d}"] = float(value)
+    for name in LAYER_METRICS:
+        for layer, value in enumerate(line.get(name, ())):
+            numbers[f"{name}/layer_{layer:02d}"] = float(value)
     return [Metric(k, v, line["time"], line["step"]) for k, v in sorted(numbers.items())]
 
 

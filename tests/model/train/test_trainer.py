@@ -256,14 +256,16 @@ def test_a_corrupt_checkpoint_falls_back_to_the_one_before(
 def _stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     """Interrupt a training before step number steps + 1."""
 
-    real = trainer._step
+    real, done = trainer.compute_gradients, 0
 
-    def step(config: Any, model: Any, optimizer: Any, batch: Any, number: int, output: Any) -> Any:
-        if number == steps:
+    def compute(*args: Any) -> Any:
+        nonlocal done
+        if done == steps:
             raise KeyboardInterrupt
-        return real(config, model, optimizer, batch, number, output)
+        done += 1
+        return real(*args)
 
-    monkeypatch.setattr(trainer, "_step", step)
+    monkeypatch.setattr(trainer, "compute_gradients", compute)
 
 
 def test_a_full_disk_keeps_the_last_checkpoint_and_says_75(

@@ -1,0 +1,122 @@
+"""What a training is before its first step: data, model, record and MLflow run; begun anew or found as it was left."""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from model.config import ModelConfig, load_preset
+from model.errors import ModelError
+from model.loader.snapshot import Snapshot, open_sequences
+from model.train.config import TrainConfig, TrainSummary
+from model.train.journal import read_run, write_run
+from pipelines.tables import tokenizer_uri
+
+CHECKPOINTS = "checkpoints"
+
+
+def plan(lake: str, config: TrainConfig, code_version: str | None) -> dict[str, Any]:
+    """The training's record, run.json, which is written where there was none.
+
+    Errors: ModelError (2) where the settings are not those that the output began with, (1) where the data cannot be
+    read.
+    """
+    output = config.output_folder(lake)
+    record = read_run(output)
+    if record is not None:
+        _same(config.identity(), record["settings"], output)
+        if record.get("logged"):
+            return record
+    snapshot = open_data(lake, config, record)
+    model_config = _model_config(lake, config, snapshot)
+    if record is not None:
+        # Read as a configuration, so that fields which came later have their defaults.
+        then = ModelConfig(**record["model"]).model_dump(mode="json")
+        _same(model_config.model_dump(mode="json"), then, output)
+        return record
+    record = {
+        "training_id": uuid.uuid4().hex,
+        "mlflow_run_id": None,
+        "settings": config.identity(),
+        "code_version": code_version,
+        "model": model_config.model_dump(mode="json"),
+        "data": snapshot.describe(),
+        "final": None,
+    }
+    # Before the MLflow run is made: a kill in between leaves the id by which the run is found again.
+    write_run(output, record)
+    return record
+
+
+def finished(output: Path) -> TrainSummary:
+    """The summary of a training that is done. Errors: ModelError (2) where none is in this folder."""
+    record = read_run(output)
+    if record is None or not record.get("logged"):
+        raise ModelError(f"{output} holds no finished training: run lakemoe train, or name another training.", 2)
+    return summary(output, record)
+
+
+def summary(output: Path, record: dict[str, Any]) -> TrainSummary:
+    """Of a finished training, whose folder may have moved since."""
+    folder = output / CHECKPOINTS / record["final"]
+    if not folder.is_dir():
+        raise ModelError(f"The finished training's checkpoint {folder} is gone; restore it or name another training.")
+    return TrainSummary(**{**record["summary"], "checkpoint": str(folder)})
+
+
+def open_data(lake: str, config: TrainConfig, record: dict[str, Any] | None) -> Snapshot:
+    """The training's data: what it began with, else what the settings name, else the latest version."""
+    if record is None:
+        return open_sequences(lake, config.sequences_version, "train", config.tokenizer_id, config.sequence_length)
+    data = record["data"]
+    snapshot = open_sequences(lake, data["version"], "train", data["tokenizer_id"], data["sequence_length"])
+    if (snapshot.table_id, snapshot.content) != (data["table_id"], data["content"]):
+        raise ModelError(
+            f"{snapshot.uri} at version {snapshot.version} is not the table that this training began with; "
+            "name another output to train on it."
+        )
+    return snapshot
+
+
+def parameters(record: dict[str, Any]) -> dict[str, Any]:
+    """What MLflow shows of a training: settings, shape and counts."""
+    model = ModelConfig(**record["model"])
+    settings = {k: v for k, v in record["settings"].items() if k != "overrides"}
+    shape = {f"model.{k}": v for k, v in record["model"].items()}
+    counts = {"parameters": model.parameters, "active_parameters": model.active_parameters}
+    return {**settings, **shape, **counts}
+
+
+def _model_config(lake: str, config: TrainConfig, snapshot: Snapshot) -> ModelConfig:
+    """The preset with its overrides and the vocabulary of the tokenizer that the data was made with."""
+    file = tokenizer_uri(lake.removeprefix("file://"), snapshot.tokenizer_id)
+    try:
+        vocabulary = Tokenizer.from_file(file).get_vocab_size(with_added_tokens=True)
+    except Exception as error:  # tokenizers raises Exception itself
+        raise ModelError(f"The tokenizer {file} cannot be read ({error}); restore it or tokenize again.") from error
+    overrides = {"vocab_size": vocabulary, **config.overrides}
+    model_config = load_preset(config.preset, **overrides)
+    if model_config.vocab_size < vocabulary:
+        raise ModelError(
+            f"vocab_size {model_config.vocab_size} is less than the tokenizer's {vocabulary}; leave it out.", 2
+        )
+    if model_config.max_seq_len < snapshot.sequence_length:
+        raise ModelError(
+            f"The data's sequences have {snapshot.sequence_length} tokens, the model takes {model_config.max_seq_len}; "
+            "override max_seq_len or pack shorter sequences.",
+            2,
+        )
+    return model_config
+
+
+def _same(now: dict[str, Any], then: dict[str, Any], output: Path) -> None:
+    different = [f"{k} was {then.get(k)!r} and is now {v!r}" for k, v in now.items() if then.get(k) != v]
+    if different:
+        raise ModelError(
+            f"{output} holds a training with other settings ({'; '.join(different)}); "
+            "name another training or take those settings.",
+            2,
+        )
