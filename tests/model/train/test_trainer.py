@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -169,9 +170,9 @@ except ModelError as error:
 """
 
 
-def _start(config: Case) -> subprocess.Popen[str]:
+def _start(config: Case, before: str = "") -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, config.model_dump_json()],
+        [sys.executable, "-c", before + PROGRAM, config.model_dump_json()],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -377,3 +378,106 @@ def test_the_manifest_keeps_the_code_version_that_the_training_began_with(
     manifest = read_checkpoint(Path(summary.checkpoint)).manifest
     assert manifest["code_version"] == "1.0+first"
     assert lineage_tags(manifest)["lakemoe.code_version"] == "1.0+first"
+
+
+@pytest.mark.slow
+def test_sigkill_during_a_save_leaves_the_checkpoint_before(settings: Callable[..., Case]) -> None:
+    calm, killed = settings("calm"), settings("killed")
+    train(calm)
+    hold = """
+import time
+from pathlib import Path
+from model.train import checkpoint
+real = checkpoint.save_file
+def save(tensors, path):
+    real(tensors, path)
+    if "step-000006" in str(path):
+        Path("SAVING").touch()
+        time.sleep(600)
+checkpoint.save_file = save
+""".replace("SAVING", str(killed.output_path / "saving"))
+    process = _start(killed, before=hold)
+    until = time.monotonic() + 120
+    while not (killed.output_path / "saving").exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    # The training goes on while it is written.
+    _wait_for_step(killed, 8, process)
+    process.kill()
+    process.wait(timeout=60)
+    names = sorted(p.name for p in (killed.output_path / "checkpoints").iterdir())
+    assert names == [".writing-step-000006", "step-000003"]
+    train(killed)
+    assert _weights(killed) == _weights(calm)
+    assert _curve(killed) == _curve(calm)
+    assert not list((killed.output_path / "checkpoints").glob(".writing-*"))
+
+
+def test_ten_restarts_have_one_run_and_the_undisturbed_curve(
+    settings: Callable[..., Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calm, config = settings("calm", steps=12, checkpoint_every=1), settings(steps=12, checkpoint_every=1)
+    train(calm)
+    for _ in range(10):
+        _stop_after(monkeypatch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+        monkeypatch.undo()
+    summary = train(config)
+    assert _weights(config) == _weights(calm)
+    assert _curve(config) == _curve(calm)
+    (run,) = _runs(config)
+    assert run.info.run_id == summary.mlflow_run_id
+    assert _mlflow_curve(config, summary.mlflow_run_id) == [(c[0], c[1]) for c in _curve(calm)]
+
+
+def test_a_tracking_server_that_hangs_does_not_hold_the_training(
+    settings: Callable[..., Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, answer = settings(), threading.Event()
+    real_log, real_step = MlflowClient.log_batch, trainer.update
+    steps = 0
+
+    def log(self: Any, run_id: str, metrics: Any = (), **kwargs: Any) -> None:
+        if metrics:
+            assert answer.wait(60), "the training waited for MLflow"
+        real_log(self, run_id, metrics=metrics, **kwargs)
+
+    def step(*args: Any) -> None:
+        nonlocal steps
+        steps += 1
+        real_step(*args)
+        if steps == 8:  # the last one, two checkpoints after MLflow began to hang
+            answer.set()
+
+    monkeypatch.setattr(MlflowClient, "log_batch", log)
+    monkeypatch.setattr(trainer, "update", step)
+    summary = train(config)
+    assert [s for s, _ in _mlflow_curve(config, summary.mlflow_run_id)] == list(range(1, 9))
+
+
+def test_bad_batches_are_skipped_by_name_where_asked(
+    settings: Callable[..., Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(bad_batch="skip", spike=2.0)
+    real = trainer.read
+    monkeypatch.setattr(trainer, "SPIKE_WINDOW", 3)
+
+    def read(figures: Any, *rest: Any) -> Any:
+        line, stop = real(figures, *rest)
+        number = len(_curve(config)) + 1
+        return {**line, "loss": {3: float("nan"), 6: 100 * line["loss"]}.get(number, line["loss"])}, stop
+
+    monkeypatch.setattr(trainer, "read", read)
+    _stop_after(monkeypatch, 7)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    lines = [json.loads(line) for line in (config.output_path / "metrics.jsonl").read_text().splitlines()]
+    assert [m["skipped"] for m in lines] == [0, 0, 1, 0, 0, 1, 0]
+    for number in (3, 6):
+        bad = json.loads((config.output_path / f"bad_batch-{number:06d}.json").read_text())
+        assert len(bad["sequence_ids"]) == 4
+    found, _ = find_checkpoint(config.output_path / "checkpoints")
+    assert found is not None
+    assert found.state["position"]["updates"] == found.step - 2
