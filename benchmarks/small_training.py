@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -90,11 +90,19 @@ def rate(plan: Plan, step: int) -> float:
     return plan.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
 
 
-def train(name: str, build: Callable[[], Transformer], data: Data, seconds: float) -> tuple[dict[str, Any], Tensor]:
+def train(
+    name: str,
+    build: Callable[[], Transformer],
+    data: Data,
+    seconds: float,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    moments: Literal["float32", "bfloat16"] = "float32",
+) -> tuple[dict[str, Any], Tensor]:
     """Train one contestant; its curves and figures, ready for JSON, and its assignments [steps, L, E].
 
     build: the model on data's device. seconds: after which it stops at the next evaluation, wherever it is; then
-    ``cut`` is true and its figures are of the steps that it did.
+    ``cut`` is true and its figures are of the steps that it did. dtype: of products on a GPU; moments: AdamW's there.
     """
     plan, device = data.plan, data.device
     started = time.perf_counter()
@@ -107,18 +115,18 @@ def train(name: str, build: Callable[[], Transformer], data: Data, seconds: floa
     torch.manual_seed(plan.seed)
     model = build()
     if device.type == "cuda":
-        model.compute_in(torch.bfloat16)
+        model.compute_in(dtype)
     if plan.compiled:
         for block in model.blocks:
             block.compile(dynamic=False)
-    optimizer = build_optimizer(model.parameters(), TrainConfig())
+    optimizer = build_optimizer(model.parameters(), TrainConfig(moments=moments))
     for _ in range(WARM_UP):
         _step(model, optimizer, data.batch(0), 0.0)
     _wait(device)
     warm_up = time.perf_counter() - started
     torch.manual_seed(plan.seed)
     model.initialize()
-    optimizer = build_optimizer(model.parameters(), TrainConfig())
+    optimizer = build_optimizer(model.parameters(), TrainConfig(moments=moments))
 
     losses, loads, points = [], [], []
     clock, step = 0.0, 0
