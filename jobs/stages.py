@@ -87,6 +87,8 @@ def record_stage(
         if result.unchanged or (written and not any(written)):
             run.status = "unchanged"
     console.done(job, run.status, run.counts)
+    for sentence in result.notes:
+        console.note(f"  {sentence}")
     return run.counts
 
 

@@ -51,13 +51,14 @@ class Change:
 class StageResult:
     """What a stage did: counts by name, and the versions of the tables (and files) that it read and wrote.
 
-    unchanged: said by a stage that writes no table; of the others, the versions tell.
+    unchanged: said by a stage that writes no table; of the others, the versions tell. notes: sentences for the user.
     """
 
     counts: dict[str, int]
     inputs: dict[str, int] = field(default_factory=dict)
     outputs: dict[str, int] = field(default_factory=dict)
     unchanged: bool = False
+    notes: tuple[str, ...] = ()
 
 
 def spark_schema(schema: pa.Schema) -> StructType:

@@ -147,6 +147,9 @@ class IngestConfig(BaseModel):
     mirror: bool = Field(
         False, description="delete documents and quarantine rows whose file or record is gone from its source"
     )
+    allow_empty: bool = Field(
+        False, description="with mirror: delete also all documents of a source that has no file any more"
+    )
 
     @model_validator(mode="after")
     def _names_given_are_unique(self) -> Self:

@@ -8,6 +8,7 @@ Reading the same again writes nothing, and where the files' fingerprint is that 
 where some are new or changed, they alone are read (`known.py`). A changed file updates its document; what is gone from
 the source is kept, unless the source is mirrored. Of two whole records with one id the first, by path and line, is the
 document (of pages the newest crawled), however the files are spread; the others are `duplicate_id`, known by path:line.
+A source without any file, such as a disk that is not mounted, is mirrored only where that is asked for by itself.
 A quarantine row goes when its record, or the file that it is a line of, is read again without the trouble; what it says
 of a document's record takes the document's place (`settle.py`).
 """
@@ -63,11 +64,13 @@ def run(
     files, files_unchanged (not read again), skipped
     (files that are compiled or media by their name), passed_over (an archive's records that are no pages), inserted,
     updated, deleted and what the tables now hold (`table_...`).
-    Raises LakeError, exit code 2, for no input or a path that is not there; 1 where the counts do not add up.
+    Raises LakeError, exit code 2, for no input, a path that is not there, or a source to mirror that has lost all its
+    files; 1 where the counts do not add up.
     """
     listed = listed or list_sources(config, lake)
     entries = [entry for listing in listed.values() for entry in listing.entries]
-    if not entries:
+    notes = _emptied(spark, lake, config, listed)
+    if not entries and not (config.mirror and config.allow_empty):
         where = ", ".join(source.path for source in listed)
         raise LakeError(f"There is no file to ingest in {where}: name a folder, a file or a glob that has some.", 2)
     for table in (BRONZE_DOCUMENTS, BRONZE_QUARANTINE):
@@ -85,7 +88,31 @@ def run(
     # A file that could not be read is tried again by the next run, though no name, size or time changes; what could not
     # be listed has changed when it can.
     unlisted = sum(entry.problem is not None for entry in entries)
-    return replace(result, inputs={} if result.counts.get("quarantined.unreadable", 0) > unlisted else inputs)
+    known = {} if result.counts.get("quarantined.unreadable", 0) > unlisted else inputs
+    return replace(result, inputs=known, notes=notes)
+
+
+def _emptied(spark: SparkSession, lake: str, config: IngestConfig, listed: Listed) -> tuple[str, ...]:
+    """A sentence for every source that has no file: what becomes of the documents that it had.
+
+    Raises LakeError (exit code 2) where they would be deleted and that was not asked for.
+    """
+    empty = {source.name: source.path for source, listing in listed.items() if not listing.entries}
+    if not empty:
+        return ()
+    held = dict.fromkeys(empty, 0)
+    if lakehouse.exists(spark, lake, BRONZE_DOCUMENTS):
+        stored = lakehouse.read(spark, lake, BRONZE_DOCUMENTS).where(F.col("source").isin(list(empty)))
+        held |= {row[0]: int(row[1]) for row in lakehouse.few(stored.groupBy("source").count())}
+    lost = [f"{name} in {empty[name]} (documents: {number:,})" for name, number in held.items() if number]
+    if lost and config.mirror and not config.allow_empty:
+        raise LakeError(
+            f"No file is left of the source {' and of '.join(lost)}, and --mirror would delete all that it had: mount "
+            "or restore it, leave out --mirror, or say --ingest.allow-empty to delete them.",
+            2,
+        )
+    fate = "are deleted" if config.mirror else "stay"
+    return tuple(f"{name} has no file in {empty[name]}: its {held[name]:,} documents {fate}." for name in empty)
 
 
 def _ingest(

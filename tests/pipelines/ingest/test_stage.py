@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import json
@@ -132,6 +133,51 @@ def test_ingest_updates_what_changed_and_keeps_or_mirrors_what_is_gone(
     assert [mirrored.counts[name] for name in ("inserted", "updated", "deleted")] == [0, 0, 2]
     assert mirrored.counts["records"] == mirrored.counts["table_documents"] + mirrored.counts["table_quarantine"] == 5
     assert ingest(spark, lake, source, mirror=True).outputs == mirrored.outputs
+
+
+def test_ingest_mirrors_a_source_without_files_only_when_told(spark: SparkSession, lake: str, tmp_path: Path) -> None:
+    """A disk that is not mounted looks like a folder whose files are all gone."""
+    disk, other = tmp_path / "disk", tmp_path / "other"
+    for folder, number in ((disk, 3), (other, 1)):
+        folder.mkdir()
+        for i in range(number):
+            (folder / f"{folder.name}-{i}.txt").write_text(str(i))
+    before = ingest(spark, lake, disk, other, mirror=True)
+    held = documents(spark, lake)
+    for file in disk.iterdir():
+        file.unlink()
+    for sources in ((disk, other), (disk,)):
+        with pytest.raises(LakeError) as error:
+            ingest(spark, lake, *sources, mirror=True)
+        assert error.value.exit_code == 2
+        for words in (f"source disk in {disk} (documents: 3)", "--mirror", "--ingest.allow-empty"):
+            assert words in str(error.value)
+        assert "other" not in str(error.value)
+    kept = ingest(spark, lake, disk, other)
+    assert kept.notes == (f"disk has no file in {disk}: its 3 documents stay.",)
+    assert (kept.outputs, documents(spark, lake)) == (before.outputs, held)
+
+    gone = ingest(spark, lake, disk, other, mirror=True, allow_empty=True)
+    assert (gone.counts["deleted"], documents(spark, lake)) == (3, {"other-0.txt": "0"})
+    (other / "other-0.txt").unlink()
+    assert ingest(spark, lake, other, mirror=True, allow_empty=True).counts["table_documents"] == 0
+
+
+def test_ingest_refuses_a_source_that_cannot_be_listed(
+    spark: SparkSession, lake: str, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = ingest(spark, lake, source).outputs
+    scandir = os.scandir
+
+    def failing(path: Any) -> Any:
+        if Path(path) == source:
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", failing)
+    with pytest.raises(LakeError, match="cannot be listed: Input/output error"):
+        ingest(spark, lake, source, mirror=True)
+    assert lakehouse.version(spark, lake, BRONZE_DOCUMENTS) == before[BRONZE_DOCUMENTS.name]
 
 
 def test_ingest_duplicates_do_not_depend_on_partitions(spark: SparkSession, tmp_path: Path) -> None:
