@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args, get_origin
@@ -23,6 +24,7 @@ from pydantic_settings import (
     InitSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
 )
 
 from jobs.catalog import JOBS
@@ -32,6 +34,13 @@ class UsageError(Exception):
     """Wrong usage or configuration, in one sentence."""
 
     exit_code = 2
+
+
+class _Flags(CliSettingsSource[Any]):
+    """The command line; its help leaves out defaults that are made by a function, whose description names them."""
+
+    def _help_format(self, *arguments: Any, **named: Any) -> str:
+        return _FACTORY.sub("", super()._help_format(*arguments, **named))
 
 
 class JobSettings(BaseSettings):
@@ -49,6 +58,9 @@ class JobSettings(BaseSettings):
     debug: bool = Field(False, description="show the traceback of an error")
 
 
+_NEAR = 0.5  # how alike a key must be to be named for another (difflib's ratio)
+_FACTORY = re.compile(r" ?\(default factory: .*\)")
+_UNKNOWN_FLAG = re.compile(r"unrecognized arguments: (--[^\s=]+)")
 _FILE = "config"  # the field that names the file, so none that the file may hold
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
@@ -75,7 +87,7 @@ def known_sections() -> set[str]:
 def load(settings: type[SettingsT], arguments: list[str], *, program: str) -> SettingsT:
     """Settings from ``--config`` (else the file that LAKEMOE_CONFIG names), the environment and flags.
 
-    Raises UsageError in one sentence; argparse itself ends the process with 2 for an unknown flag and 0 for --help.
+    Raises UsageError in one sentence; argparse itself ends the process with 0 for --help.
     """
     arguments = _normalised(arguments)
     file = _config_path(arguments)
@@ -87,8 +99,9 @@ def load(settings: type[SettingsT], arguments: list[str], *, program: str) -> Se
         def settings_customise_sources(
             cls, settings_cls: type[BaseSettings], **_: Any
         ) -> tuple[PydanticBaseSettingsSource, ...]:
-            flags: CliSettingsSource[Any] = CliSettingsSource(
+            flags = _Flags(
                 settings_cls,
+                cli_exit_on_error=False,
                 cli_prog_name=program,
                 cli_parse_args=arguments,
                 cli_kebab_case=True,
@@ -104,6 +117,19 @@ def load(settings: type[SettingsT], arguments: list[str], *, program: str) -> Se
         return Source()
     except ValidationError as error:
         raise UsageError(_explain(error, settings, file, values)) from None
+    except SettingsError as error:
+        raise UsageError(_explain_flags(str(error), settings, program)) from None
+
+
+def _explain_flags(words: str, settings: type[BaseModel], program: str) -> str:
+    """One sentence for what argparse says: of an unknown flag the nearest one."""
+    if unknown := _UNKNOWN_FLAG.search(words):
+        flags = {"--" + key.replace("_", "-") for key in keys(settings)}
+        near = difflib.get_close_matches(unknown[1], flags, n=1, cutoff=_NEAR)
+        hint = f"did you mean {near[0]!r}?" if near else f"{program} --help lists the flags."
+        return f"{program}: unknown flag {unknown[1]!r}; {hint}"
+    said = " ".join(words.removeprefix("error parsing CLI: ").split()).rstrip(".")
+    return f"{program}: {said}; {program} --help lists the flags."
 
 
 def _normalised(arguments: list[str]) -> list[str]:
@@ -143,7 +169,7 @@ def _from_yaml(settings: type[BaseModel], file: Path) -> dict[str, Any]:
         everything = known_sections()
         for name in unknown:
             if name not in everything:
-                raise UsageError(f"{file}: unknown key {name!r}{_nearest(str(name), everything)}.")
+                raise UsageError(f"{file}: unknown key {name!r}; {_nearest(str(name), everything)}")
     return {name: value for name, value in values.items() if name in own}
 
 
@@ -157,8 +183,9 @@ def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def _nearest(key: str, valid: set[str]) -> str:
-    found = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
-    return f"; did you mean {found[0]!r}?" if found else f"; valid keys are {', '.join(sorted(valid)[:8])}"
+    """The end of a sentence about an unknown key."""
+    found = difflib.get_close_matches(key, valid, n=1, cutoff=_NEAR)
+    return f"did you mean {found[0]!r}?" if found else f"valid keys are {', '.join(sorted(valid)[:8])}."
 
 
 def _explain(error: ValidationError, settings: type[BaseModel], file: Path | None, values: dict[str, Any]) -> str:
@@ -167,10 +194,13 @@ def _explain(error: ValidationError, settings: type[BaseModel], file: Path | Non
     key = ".".join(str(part) for part in first["loc"])
     where = f"{file}: " if file and _holds(values, first["loc"]) else ""
     if first["type"] == "extra_forbidden":
-        return f"{where}unknown key {key!r}{_nearest(key, set(keys(settings)))}".rstrip("?") + "?"
-    message = first["msg"][0].lower() + first["msg"][1:]
-    got = "" if first["type"] == "missing" else f", not {first['input']!r}"
-    return f"{where}{key or 'settings'}: {message}{got}."
+        return f"{where}unknown key {key!r}; {_nearest(key, set(keys(settings)))}"
+    # What a validator of ours says is a sentence that names the value by itself.
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    got = "" if first["type"] in ("missing", "value_error") else f", not {first['input']!r}"
+    end = "" if message.endswith((".", "?")) else "."
+    return f"{where}{key or 'settings'}: {message}{got}{end}"
 
 
 def _holds(values: Any, path: tuple[int | str, ...]) -> bool:

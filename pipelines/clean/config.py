@@ -5,6 +5,7 @@ Defaults are read from conf/clean.yaml, the one place where thresholds stand, ea
 
 from __future__ import annotations
 
+import difflib
 import functools
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -42,7 +43,9 @@ class Rule(BaseModel):
     def _known_signal(cls, value: str) -> str:
         names = [SIGNALS.field(i).name for i in range(SIGNALS.num_fields)]
         if value not in names:
-            raise ValueError(f"no signal {value!r}; the signals are {', '.join(names)}")
+            near = difflib.get_close_matches(value, names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the signals are {', '.join(names)}"
+            raise ValueError(f"there is no signal {value!r}; {hint}")
         return value
 
     @model_validator(mode="after")
@@ -59,19 +62,20 @@ class CleanConfig(BaseModel):
 
     rules: tuple[Rule, ...] = Field(
         default_factory=lambda: tuple(Rule(**rule) for rule in _defaults()["rules"]),
-        description="the rule table; default: conf/clean.yaml",
+        description="the rule table, which replaces the default one whole (conf/clean.yaml)",
     )
     license_classes: dict[str, tuple[str, ...]] = Field(
         default_factory=lambda: {k: tuple(v) for k, v in _defaults()["license_classes"].items()},
-        description="SPDX identifiers by class; what no class names is unknown",
+        description="SPDX identifiers by class, in place of conf/clean.yaml's; what no class names is unknown",
     )
     admitted_licenses: dict[Literal["text", "code"], tuple[str, ...]] = Field(
         default_factory=lambda: {k: tuple(v) for k, v in _defaults()["admitted_licenses"].items()},
-        description="licence classes admitted, by kind",
+        description="licence classes admitted, by kind, in place of conf/clean.yaml's",
     )
     bad_words: dict[str, tuple[str, ...]] = Field(
         default_factory=lambda: {k: tuple(v) for k, v in _defaults()["bad_words"].items()},
-        description="words that c4.bad_words looks for, in lower case, by ISO 639-1 language",
+        description="words that c4.bad_words looks for, in lower case, by ISO 639-1 language, in place of "
+        "conf/clean.yaml's",
     )
     redact: tuple[RedactionType, ...] = Field(get_args(RedactionType), description="what is redacted")
 

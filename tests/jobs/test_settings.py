@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, ConfigDict, Field
 
+from jobs.clean import Settings as CleanSettings
 from jobs.settings import JobSettings, UsageError, load
 
 
@@ -62,11 +63,39 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         read("--config", str(tmp_path / "none.yaml"))
 
 
-def test_an_unknown_flag_ends_with_2(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        read("--train.stepz", "4")
-    assert caught.value.code == 2
-    assert "--train.stepz" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--train.stepz", "4"), "lakemoe x: unknown flag '--train.stepz'; did you mean '--train.steps'?"),
+        (
+            ("--train.lerning_rate=4",),
+            "lakemoe x: unknown flag '--train.lerning-rate'; did you mean '--train.learning-rate'?",
+        ),
+        (("--zzz",), "lakemoe x: unknown flag '--zzz'; lakemoe x --help lists the flags."),
+        (("--lake",), "lakemoe x: argument --lake: expected one argument; lakemoe x --help lists the flags."),
+    ],
+)
+def test_a_wrong_flag_is_named_in_one_sentence(arguments: tuple[str, ...], sentence: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        read(*arguments)
+    assert str(caught.value) == sentence
+
+
+def test_an_unknown_section_is_named_in_one_sentence(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("ingets: {}\n")
+    with pytest.raises(UsageError) as caught:
+        read("--config", str(file))
+    assert str(caught.value) == f"{file}: unknown key 'ingets'; did you mean 'ingest'?"
+
+
+def test_a_validator_s_words_are_not_repeated(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("clean: {rules: [{name: a.b, signal: wordz, kind: text, min: 1}]}\n")
+    with pytest.raises(UsageError) as caught:
+        load(CleanSettings, ["--config", str(file)], program="lakemoe clean")
+    sentence = str(caught.value)
+    assert sentence == f"{file}: clean.rules.0.signal: there is no signal 'wordz'; did you mean 'words'?"
 
 
 def test_help_lists_fields_with_unit_and_default(capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,3 +121,11 @@ def test_a_file_names_no_other_file(tmp_path: Path) -> None:
     file.write_text("config: other.yaml\n")
     with pytest.raises(UsageError, match="unknown key 'config'"):
         read("--config", str(file))
+
+
+def test_help_names_no_function(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        load(CleanSettings, ["--help"], program="lakemoe clean")
+    printed = capsys.readouterr().out
+    assert "factory" not in printed
+    assert "conf/clean.yaml" in printed
