@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -60,10 +60,21 @@ def counting(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: out.print(f"  {what}: {done:,} {unit}", markup=False) if done == total else None
 
 
-def done(job: str, status: str, counts: dict[str, int]) -> None:
+def done(job: str, status: str, counts: Mapping[str, int]) -> None:
     """One line: the job, how it ended, what it counted (breakdowns, ``total.part``, are left to the report)."""
-    counted = ", ".join(f"{name.replace('_', ' ')} {value:,}" for name, value in counts.items() if "." not in name)
+    counted = _counted(counts)
     out.print(f"{job}: {status}" + (f" ({counted})" if counted else ""), markup=False)
+
+
+def unchanged(job: str, totals: Mapping[str, int]) -> None:
+    """One line: the job, that it changed nothing, and what the lake holds."""
+    counted = _counted(totals)
+    out.print(f"{job}: unchanged" + (f"; the lake has {counted}" if counted else ""), markup=False)
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    shown = (f"{name.removeprefix('table_').replace('_', ' ')} {n:,}" for name, n in counts.items() if "." not in name)
+    return ", ".join(shown)
 
 
 def note(text: str) -> None:

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
@@ -21,13 +21,15 @@ from typing import Any
 
 import pyarrow as pa
 from deltalake import DeltaTable, write_deltalake
-from deltalake.exceptions import TableNotFoundError
+from deltalake.exceptions import DeltaError, TableNotFoundError
 
 from jobs import console
 from model.registry.tables import read_rows
 from pipelines.tables import FILES, OPS_RUNS, TABLES, table_uri
 
 GOOD = ("succeeded", "unchanged")
+# A row is a file, and every stage reads them all (2 ms a file): beyond so many they are made one.
+_MOST_FILES = 32
 _DIRTY = ".dirty"
 # Delta's operations that leave every row as it is.
 _UPKEEP = ("OPTIMIZE", "VACUUM START", "VACUUM END", "ADD CONSTRAINT", "SET TBLPROPERTIES")
@@ -94,6 +96,16 @@ def recorded(lake: str, job: str, configuration: dict[str, Any]) -> Iterator[Run
     _append(lake, job, configuration, run)
 
 
+def spared(lake: str, job: str, configuration: dict[str, Any], last: Mapping[str, Any], totals: dict[str, int]) -> None:
+    """Record a run that had nothing to do: it leaves its tables as the job's last run did.
+
+    totals: what the tables hold, in the names of the job's counts.
+    """
+    with recorded(lake, job, configuration) as run:
+        run.status, run.counts = "unchanged", totals
+        run.inputs, run.outputs = versions(last["inputs"]), versions(last["outputs"])
+
+
 def _is_lake(lake: str) -> bool:
     return any(table_version(lake, name) is not None for name in TABLES)
 
@@ -125,6 +137,11 @@ def _append(lake: str, job: str, configuration: dict[str, Any], run: Run) -> Non
         description=OPS_RUNS.comment,
         configuration=properties,
     )
+    table = DeltaTable(OPS_RUNS.uri(lake))
+    if len(table.file_uris()) > _MOST_FILES:
+        # Where another run does the same at this moment, one is enough.
+        with suppress(DeltaError):
+            table.optimize.compact()
 
 
 def runs(lake: str, job: str | None = None) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from pipelines.dedup.config import DedupConfig
 from pipelines.ingest.config import IngestConfig
 from pipelines.ingest.listing import ingest_input, list_sources
 from pipelines.pack.config import PackConfig
-from pipelines.tables import OPS_ERASURES, TABLES
+from pipelines.tables import OPS_ERASURES, SPLITS, TABLES
 from pipelines.tokenize.config import TokenizeConfig, TrainTokenizerConfig
 
 if TYPE_CHECKING:
@@ -30,21 +30,51 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Stage:
-    """A job of the pipeline: the module with its ``run``, its settings, and the command that comes after it."""
+    """A job of the pipeline: the module with its ``run``, its settings, and the command that comes after it.
+
+    totals: which of its counts say what the lake holds after it, breakdowns (``total.part``) along with their totals;
+    the others say what a run did.
+    """
 
     module: str
     config: type[BaseModel]
     next: str
+    totals: tuple[str, ...]
 
 
 STAGES: dict[str, Stage] = {
-    "ingest": Stage("pipelines.ingest.stage", IngestConfig, "lakemoe clean"),
-    "clean": Stage("pipelines.clean.stage", CleanConfig, "lakemoe decontaminate"),
-    "decontaminate": Stage("pipelines.decontaminate.stage", DecontaminateConfig, "lakemoe dedup"),
-    "dedup": Stage("pipelines.dedup.stage", DedupConfig, "lakemoe train-tokenizer"),
-    "train-tokenizer": Stage("pipelines.tokenize.train", TrainTokenizerConfig, "lakemoe tokenize"),
-    "tokenize": Stage("pipelines.tokenize.stage", TokenizeConfig, "lakemoe pack"),
-    "pack": Stage("pipelines.pack.stage", PackConfig, "lakemoe train"),
+    "ingest": Stage("pipelines.ingest.stage", IngestConfig, "lakemoe clean", ("table_documents", "table_quarantine")),
+    "clean": Stage(
+        "pipelines.clean.stage",
+        CleanConfig,
+        "lakemoe decontaminate",
+        ("documents", "accepted", "rejected", "rejected_by", "redactions"),
+    ),
+    "decontaminate": Stage(
+        "pipelines.decontaminate.stage",
+        DecontaminateConfig,
+        "lakemoe dedup",
+        ("sets", "ngrams", "items", "items_too_short", "items_found", "contaminated"),
+    ),
+    "dedup": Stage(
+        "pipelines.dedup.stage",
+        DedupConfig,
+        "lakemoe train-tokenizer",
+        ("documents", "distinct_texts", "clusters", "members", "members_exact", "members_near", "duplicates"),
+    ),
+    "train-tokenizer": Stage("pipelines.tokenize.train", TrainTokenizerConfig, "lakemoe tokenize", ("vocabulary",)),
+    "tokenize": Stage(
+        "pipelines.tokenize.stage",
+        TokenizeConfig,
+        "lakemoe pack",
+        ("documents", "tokens", *(f"{what}_{split}" for what in ("documents", "tokens") for split in SPLITS)),
+    ),
+    "pack": Stage(
+        "pipelines.pack.stage",
+        PackConfig,
+        "lakemoe train",
+        ("sequences", "padding", "tokens", *(f"sequences_{split}" for split in SPLITS)),
+    ),
 }
 # The stages by which a document that leaves bronze leaves the other tables. Not decontaminate: an erasure must not hang
 # on a folder of evaluation sets that may have moved.
@@ -54,15 +84,35 @@ FOLLOWERS = ("clean", "dedup", "tokenize", "pack")
 def run_stage(job: str, lake: str, config: BaseModel) -> dict[str, int]:
     """Bring one stage's tables up to date: nothing where nothing changed, what changed since its last run, or all.
 
-    Returns its counts.
+    Returns its counts; of a run that had nothing to do those that say what the lake holds.
     """
     beside, options = _read_beside_tables(lake, config)
     last = runs.last_state(lake, job, config.model_dump(mode="json"), beside)
     if last and runs.is_current(lake, last, beside):
-        counts = dict(last["counts"])
-        console.done(job, "unchanged", counts)
-        return counts
+        return spare_stage(job, lake, config, last)
     return record_stage(job, lake, config, since=runs.versions(last["inputs"]) if last else None, **options)
+
+
+def spare_stage(job: str, lake: str, config: BaseModel, last: Mapping[str, Any]) -> dict[str, int]:
+    """Record that the stage had nothing to do after its last run; returns what the lake holds, by that run's counts."""
+    held = totals(job, dict(last["counts"]))
+    runs.spared(lake, job, config.model_dump(mode="json"), last, held)
+    _say(job, "unchanged", held)
+    return held
+
+
+def totals(job: str, counts: Mapping[str, int]) -> dict[str, int]:
+    """Of a stage's counts those that say what the lake holds."""
+    return {name: n for name, n in counts.items() if name.partition(".")[0] in STAGES[job].totals}
+
+
+def _say(job: str, status: str, counts: Mapping[str, int]) -> None:
+    if job == "decontaminate" and not counts["sets"]:
+        console.note(f"{job}: off (no evaluation sets are named; --decontaminate.sets FOLDER names some)")
+    elif status == "unchanged":
+        console.unchanged(job, totals(job, counts))
+    else:
+        console.done(job, status, counts)
 
 
 def record_stage(
@@ -86,7 +136,7 @@ def record_stage(
         written = [before.get(name) != version for name, version in result.outputs.items()]
         if result.unchanged or (written and not any(written)):
             run.status = "unchanged"
-    console.done(job, run.status, run.counts)
+    _say(job, run.status, run.counts)
     for sentence in result.notes:
         console.note(f"  {sentence}")
     return run.counts

@@ -30,8 +30,8 @@ def funnel(counts: Counts) -> list[tuple[str, int, str]]:
     split = f"train {tokens.get('tokens_train', 0):,}, validation {tokens.get('tokens_validation', 0):,}"
     slots = packed["tokens"] + packed["padding"]
     return [
-        ("records read", ingest["records"], ""),
-        ("  quarantined", ingest["quarantined"], _reasons(ingest, "quarantined.")),
+        ("records", ingest["table_documents"] + ingest["table_quarantine"], ""),
+        ("  quarantined", ingest["table_quarantine"], _reasons(ingest, "table_quarantine.")),
         ("documents", clean["documents"], f"redacted: {_reasons(clean, 'redactions.')}"),
         ("  rejected", clean["rejected"], _reasons(clean, "rejected_by.")),
         ("  accepted", clean["accepted"], ""),

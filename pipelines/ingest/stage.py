@@ -62,8 +62,10 @@ def run(
     where the caller has looked already.
     Returns counts, of what was read: records = documents + quarantined (also by reason, `quarantined.REASON`) + erased,
     files, files_unchanged (not read again), skipped
-    (files that are compiled or media by their name), passed_over (an archive's records that are no pages), inserted,
-    updated, deleted and what the tables now hold (`table_...`).
+    (files that are compiled or media by their name), links_passed_over and hidden_passed_over (`listing.py`),
+    passed_over (an archive's records that are no pages), inserted,
+    updated, deleted and what the tables now hold (`table_documents`, `table_quarantine` and by reason).
+    The result's failure is that too many are quarantined.
     Raises LakeError, exit code 2, for no input, a path that is not there, or a source to mirror that has lost all its
     files; 1 where the counts do not add up.
     """
@@ -184,8 +186,10 @@ def _ingest(
         records.unpersist()
 
     keep(lake, listed, entangled=shared or lines or unread)
-    for name, table in (("documents", BRONZE_DOCUMENTS), ("quarantine", BRONZE_QUARANTINE)):
-        counts[f"table_{name}"] = lakehouse.read(spark, lake, table).count()
+    counts["table_documents"] = lakehouse.read(spark, lake, BRONZE_DOCUMENTS).count()
+    reasons = lakehouse.few(lakehouse.read(spark, lake, BRONZE_QUARANTINE).groupBy("reason").count().orderBy("reason"))
+    counts["table_quarantine"] = sum(int(number) for _, number in reasons)
+    counts |= {f"table_quarantine.{reason}": int(number) for reason, number in reasons}
     outputs[BRONZE_QUARANTINE.name] = lakehouse.version(spark, lake, BRONZE_QUARANTINE) or 0
     return lakehouse.StageResult(counts=counts, inputs={}, outputs=outputs)
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from deltalake import DeltaTable
 from pyspark.sql import SparkSession
 
 from jobs import runs, stages
 from pipelines.ingest import stage as ingest
 from pipelines.ingest.config import IngestConfig, SourceConfig
-from pipelines.tables import BRONZE_DOCUMENTS
+from pipelines.tables import BRONZE_DOCUMENTS, OPS_RUNS
 
 
 @pytest.fixture
@@ -27,20 +29,31 @@ def times_run(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_ingest_is_spared_while_its_files_are_the_same(
-    spark: SparkSession, lake: str, tmp_path: Path, times_run: list[str]
+    spark: SparkSession, lake: str, tmp_path: Path, times_run: list[str], capsys: Any
 ) -> None:
     folder = tmp_path / "files"
     folder.mkdir()
     (folder / "a.txt").write_text("first")
     config = IngestConfig(sources=(SourceConfig(path=str(folder)),))
+    (folder / "bad.txt").write_bytes(b"\xff")
 
     first = stages.run_stage("ingest", lake, config)
-    assert stages.run_stage("ingest", lake, config) == first
+    capsys.readouterr()
+    # What is there is said, and not as if it had been done now; as often as it is run.
+    for _ in range(2):
+        held = stages.run_stage("ingest", lake, config)
+        assert held == {"table_documents": 1, "table_quarantine": 1, "table_quarantine.invalid_utf8": 1}
+        assert capsys.readouterr().out == "ingest: unchanged; the lake has documents 1, quarantine 1\n"
     assert len(times_run) == 1
 
+    made, *spared = runs.runs(lake, "ingest")
+    assert first["records"] == dict(made["counts"])["records"] == 2
+    for row in spared:
+        assert (row["status"], dict(row["counts"])) == ("unchanged", held)
+        assert (row["inputs"], row["outputs"]) == (made["inputs"], made["outputs"])
     (folder / "b.txt").write_text("second")
     grown = stages.run_stage("ingest", lake, config)
-    assert [grown[name] for name in ("table_documents", "files", "files_unchanged")] == [2, 1, 1]
+    assert [grown[name] for name in ("table_documents", "files", "files_unchanged")] == [2, 1, 2]
     assert len(times_run) == 2
 
     # A table that someone else wrote to is read again, also where the files are the same.
@@ -50,7 +63,7 @@ def test_ingest_is_spared_while_its_files_are_the_same(
 
 
 def test_edited_code_is_never_spared(
-    spark: SparkSession, lake: str, tmp_path: Path, times_run: list[str], monkeypatch: pytest.MonkeyPatch
+    spark: SparkSession, lake: str, tmp_path: Path, times_run: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setattr(runs, "code_version", lambda: "1.0+abc.dirty")
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "a text"}) + "\n")
@@ -59,3 +72,5 @@ def test_edited_code_is_never_spared(
         stages.run_stage("ingest", lake, config)
     assert len(times_run) == 2
     assert [row["status"] for row in runs.runs(lake, "ingest")] == ["succeeded", "unchanged"]
+    # Run or spared, what changed nothing is said in one form.
+    assert "ingest: unchanged; the lake has documents 1, quarantine 0\n" in capsys.readouterr().out

@@ -114,7 +114,8 @@ def test_verdicts_come_stay_and_go(
     assert tables_of.version(spark, lake, SILVER_DOCUMENTS) == version + 1
 
     # The same sets: spared; and when it runs all the same, nothing is written.
-    assert stages.run_stage("decontaminate", lake, config) == counts
+    spared = stages.run_stage("decontaminate", lake, config)
+    assert spared == {name: n for name, n in counts.items() if name not in ("documents", "updated")}
     assert len(calls) == 2
     again = real(spark, lake, config, run_id="again")
     assert again.counts == counts | {"updated": 0}
