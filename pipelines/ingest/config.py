@@ -151,6 +151,22 @@ class IngestConfig(BaseModel):
         False, description="with mirror: delete also all documents of a source that has no file any more"
     )
 
+    max_quarantined: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="share of the records read that may be no documents; with more, ingest ends with exit code 1 after "
+        "it has written what it could read (fraction)",
+    )
+    follow_links: bool = Field(
+        False,
+        description="take files that symbolic links lead to outside their source; else they are passed over, but for "
+        "data sets, sources of the format parquet, and a Hugging Face cache's links to its blobs",
+    )
+    hidden: bool = Field(
+        True, description="take hidden files and folders, of names with a dot before them; else they are passed over"
+    )
+
     @model_validator(mode="after")
     def _names_given_are_unique(self) -> Self:
         given = [s.name for s in self.sources if s.name]

@@ -4,8 +4,14 @@ Version-control folders, the lake's own folder and what `include` and `exclude` 
 Files whose name says that they are compiled or media (`.pyc`, `.so`, `.png` ...) are no records: they are counted as
 skipped. Archives and compressed files of a kind that is not read are not on that list: they come in and are quarantined
 as `binary`, so that data in them is missed loudly. A folder below the source that cannot be listed is a record,
-`unreadable`. Links to files are followed, links to folders are not (they may lead round in a circle) and count as
-skipped.
+`unreadable`.
+
+Links to files are followed where they stay in the source; those that lead out of it are passed over and counted, unless
+`follow_links` is set: what they lead to may be of another owner than the folder. In a Hugging Face cache the source is
+taken to be the repository's whole folder, whose snapshots are links to its blobs, and of a data set or a source with
+the format `parquet`, whose files programs lay out, all links are followed. Links to folders never are (they may lead
+round in a circle) and count as skipped. Hidden files, of a name with a dot before it, or in such a folder, are part of
+the source unless `hidden` is unset; then they are passed over and counted, folders whole.
 
 A listing has a fingerprint, by which a run finds that there is nothing to read: names, sizes and the times of the last
 change, as git's index takes a file for unchanged. The later of modification and status change counts, so that a
@@ -73,13 +79,16 @@ class Entry:
 class Listing:
     """What a source holds, and what was passed over. folders: relative paths of those listed, `.` for the source's.
 
-    at_ns: when the listing began, in nanoseconds since the epoch. data_set, version: of a data set, what was opened,
-    and its fingerprint.
+    skipped: by name, and links to folders. links_outside, hidden: links out of the source and hidden files and folders
+    that were passed over. at_ns: when the listing began, in nanoseconds since the epoch. data_set, version: of a data
+    set, what was opened, and its fingerprint.
     """
 
     entries: list[Entry] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)
     skipped: int = 0
+    links_outside: int = 0
+    hidden: int = 0
     at_ns: int = field(default_factory=lambda: time.time_ns())
     data_set: DataSet | None = None
     version: int | None = None
@@ -95,7 +104,7 @@ class Listing:
             return self.version
         if any(entry.changed_ns > self.at_ns - _TICK_NS for entry in self.entries):
             return None
-        digest = hashlib.sha256(repr((self.folders, self.skipped)).encode())
+        digest = hashlib.sha256(repr((self.folders, self.skipped, self.links_outside, self.hidden)).encode())
         for entry in self.entries:
             digest.update(repr((entry.raw_path, entry.format, entry.size, entry.problem, entry.changed_ns)).encode())
         return hash_version(digest.digest())
@@ -133,10 +142,13 @@ def _wildcard(match: re.Match[str]) -> str:
     return f"[{'^' if match[1] else ''}{match[2].replace(chr(92) + '-', '-')}]"
 
 
-def list_source(index: int, source: SourceConfig, *, exclude: str | None = None) -> Listing:
+def list_source(
+    index: int, source: SourceConfig, *, exclude: str | None = None, follow_links: bool = False, hidden: bool = True
+) -> Listing:
     """List a source whose path is absolute (`SourceConfig.resolved`).
 
-    exclude: an absolute path that is no part of it (the lake, where it lies in the source).
+    exclude: an absolute path that is no part of it (the lake, where it lies in the source). follow_links, hidden:
+    whether links out of it and hidden files are part of it.
     Raises LakeError (exit code 2) where the path is not there or cannot be listed.
     """
     if source.format == "datasets":
@@ -155,6 +167,7 @@ def list_source(index: int, source: SourceConfig, *, exclude: str | None = None)
         return not included or any(matches(relative) for matches in included)
 
     excluded = os.path.realpath(exclude) if exclude else None
+    follow_links = follow_links or source.format == "parquet"
     if is_glob(source.path):
         base = glob_base(source.path)
         pattern = os.path.relpath(source.path, base)
@@ -168,11 +181,14 @@ def list_source(index: int, source: SourceConfig, *, exclude: str | None = None)
             lambda relative: wanted(relative) and (relative.endswith("/") or of_glob(relative)),
             depth,
             excluded,
+            None if follow_links else _bounds(base),
+            hidden,
         )
-        if not listing.entries and not listing.skipped:
+        if not (listing.entries or listing.skipped or listing.links_outside or listing.hidden):
             raise LakeError(f"No file matches the source {source.path}: check the pattern.", 2)
     elif os.path.isdir(source.path):
-        _list_folder(listing, index, source, source.path, wanted, None, excluded)
+        bounds = None if follow_links else _bounds(source.path)
+        _list_folder(listing, index, source, source.path, wanted, None, excluded, bounds, hidden)
     elif os.path.lexists(source.path):
         _add_file(listing, index, source, source.path, os.path.basename(source.path))
     else:
@@ -187,7 +203,7 @@ def _list_data_set(index: int, source: SourceConfig) -> Listing:
     files = Listing()
     of_hub = not os.path.isdir(source.path)
     if not of_hub:
-        _list_folder(files, index, source, source.path, lambda _: True, None, None)
+        _list_folder(files, index, source, source.path, lambda _: True, None, None, None, True)
     data_set = open_data_set(source)
     path = os.fsencode(f"hf://datasets/{source.path}" if of_hub else source.path)
     entries = [
@@ -201,7 +217,8 @@ def _list_data_set(index: int, source: SourceConfig) -> Listing:
 def list_sources(config: IngestConfig, lake: str) -> dict[SourceConfig, Listing]:
     """List every source, resolved, in the order of the configuration; a lake that lies in one is no part of it."""
     exclude = None if "://" in lake else lake
-    return {s: list_source(i, s, exclude=exclude) for i, s in enumerate(config.resolved_sources())}
+    settings = {"follow_links": config.follow_links, "hidden": config.hidden}
+    return {s: list_source(i, s, exclude=exclude, **settings) for i, s in enumerate(config.resolved_sources())}
 
 
 def input_name(source: SourceConfig, listing: Listing) -> str:
@@ -229,9 +246,12 @@ def _list_folder(
     wanted: Callable[[str], object],
     depth: int | None,
     excluded: str | None,
+    bounds: str | None,
+    hidden: bool,
 ) -> None:
     """Walk `root` depth first in the order of names; `depth`: how many folders down, None for all.
 
+    bounds: the folder that links may not lead out of, None: they may. hidden: whether hidden ones are taken.
     wanted: says of a file's relative path, and of a folder's with a slash at its end, whether it is part of the source.
     """
     waiting = [("", 0)]
@@ -262,13 +282,35 @@ def _list_folder(
                     and wanted(relative + "/")
                     and os.path.realpath(child.path) != excluded
                 ):
-                    below.append((relative, level + 1))
+                    if child.name.startswith(".") and not hidden:
+                        listing.hidden += 1
+                    else:
+                        below.append((relative, level + 1))
             elif wanted(relative):
                 if extension(child.name) in SKIPPED_EXTENSIONS:
                     listing.skipped += 1
+                elif child.name.startswith(".") and not hidden:
+                    listing.hidden += 1
+                elif bounds is not None and child.is_symlink() and not _lies_in(child.path, bounds):
+                    listing.links_outside += 1
                 else:
                     _add_file(listing, index, source, child.path, relative)
         waiting.extend(reversed(below))
+
+
+def _bounds(root: str) -> str:
+    """The folder that links of a source in `root` may lead to: its own, in a Hugging Face cache the repository's."""
+    real = os.path.realpath(root)
+    parts = real.split(os.sep)
+    for at, part in enumerate(parts):
+        repository = os.sep.join(parts[:at])
+        if part == "snapshots" and os.path.isdir(os.path.join(repository, "blobs")):
+            return repository
+    return real
+
+
+def _lies_in(link: str, folder: str) -> bool:
+    return os.path.realpath(link).startswith(folder.rstrip(os.sep) + os.sep)
 
 
 def _is_folder(child: os.DirEntry[str]) -> bool:
