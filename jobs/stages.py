@@ -6,7 +6,7 @@ Progress goes to a terminal as a spinner with the time, Spark's tasks and rows, 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -136,10 +136,17 @@ def record_stage(
         written = [before.get(name) != version for name, version in result.outputs.items()]
         if result.unchanged or (written and not any(written)):
             run.status = "unchanged"
+        if result.failure:
+            _remark(result.notes)
+            raise result.failure
     _say(job, run.status, run.counts)
-    for sentence in result.notes:
-        console.note(f"  {sentence}")
+    _remark(result.notes)
     return run.counts
+
+
+def _remark(sentences: Iterable[str]) -> None:
+    for sentence in sentences:
+        console.note(f"  {sentence}")
 
 
 def _read_beside_tables(lake: str, config: BaseModel) -> tuple[dict[str, int], dict[str, Any]]:

@@ -52,6 +52,7 @@ class StageResult:
     """What a stage did: counts by name, and the versions of the tables (and files) that it read and wrote.
 
     unchanged: said by a stage that writes no table; of the others, the versions tell. notes: sentences for the user.
+    failure: what the run fails with although its tables are written.
     """
 
     counts: dict[str, int]
@@ -59,6 +60,7 @@ class StageResult:
     outputs: dict[str, int] = field(default_factory=dict)
     unchanged: bool = False
     notes: tuple[str, ...] = ()
+    failure: LakeError | None = None
 
 
 def spark_schema(schema: pa.Schema) -> StructType:

@@ -91,7 +91,42 @@ def run(
     # be listed has changed when it can.
     unlisted = sum(entry.problem is not None for entry in entries)
     known = {} if result.counts.get("quarantined.unreadable", 0) > unlisted else inputs
-    return replace(result, inputs=known, notes=notes)
+    notes += _remarks(listed, result.counts)
+    return replace(result, inputs=known, notes=notes, failure=_too_many_quarantined(config, result.counts))
+
+
+def _remarks(listed: Listed, counts: dict[str, int]) -> tuple[str, ...]:
+    """Sentences about what was passed over, what is hidden, and what is no document."""
+    out = []
+    if number := counts["links_passed_over"]:
+        out.append(
+            f"{number:,} links lead out of their source and were passed over; --ingest.follow-links takes their files."
+        )
+    hidden = [e.relative for listing in listed.values() for e in listing.entries if "/." in f"/{e.relative}"]
+    if hidden:
+        out.append(f"{len(hidden):,} of the files are hidden, such as {hidden[0]}; --no-ingest.hidden leaves them out.")
+    if number := counts["quarantined"]:
+        out.append(
+            f"{number:,} of {counts['records']:,} records are no documents ({_reasons(counts)}): bronze.quarantine has "
+            "each with its reason and its first bytes."
+        )
+    return tuple(out)
+
+
+def _reasons(counts: dict[str, int]) -> str:
+    prefix = "quarantined."
+    return ", ".join(f"{name.removeprefix(prefix)} {n:,}" for name, n in counts.items() if name.startswith(prefix))
+
+
+def _too_many_quarantined(config: IngestConfig, counts: dict[str, int]) -> LakeError | None:
+    share = counts["quarantined"] / max(1, counts["records"])
+    if share <= config.max_quarantined:
+        return None
+    return LakeError(
+        f"{share:.2%} of the records are no documents ({_reasons(counts)}), more than ingest.max_quarantined admits "
+        f"({config.max_quarantined:.2%}): what could be read is written; mend the source or raise "
+        "--ingest.max-quarantined, and run again."
+    )
 
 
 def _emptied(spark: SparkSession, lake: str, config: IngestConfig, listed: Listed) -> tuple[str, ...]:
@@ -138,7 +173,10 @@ def _ingest(
     names = [source.name for source in listed]
     try:
         files = records.where("met IS NOT NULL")
-        counts = {"files": len(entries), "skipped": sum(listing.skipped for listing in listed.values())}
+        passed = [(listing.skipped, listing.links_outside, listing.hidden) for listing in listed.values()]
+        skipped, links, hidden = (sum(numbers) for numbers in zip(*passed, strict=True))
+        counts = {"files": len(entries), "skipped": skipped}
+        counts |= {"links_passed_over": links, "hidden_passed_over": hidden}
         if found:
             counts["files_unchanged"] = sum(len(listing.entries) for listing in listed.values()) - len(entries)
         read_counts, unread = _check_read(records, len(entries))

@@ -12,6 +12,7 @@ from deltalake import DeltaTable
 from pyspark.sql import SparkSession
 
 from jobs import runs, stages
+from jobs.main import main
 from pipelines.ingest import stage as ingest
 from pipelines.ingest.config import IngestConfig, SourceConfig
 from pipelines.tables import BRONZE_DOCUMENTS, OPS_RUNS
@@ -34,8 +35,8 @@ def test_ingest_is_spared_while_its_files_are_the_same(
     folder = tmp_path / "files"
     folder.mkdir()
     (folder / "a.txt").write_text("first")
-    config = IngestConfig(sources=(SourceConfig(path=str(folder)),))
     (folder / "bad.txt").write_bytes(b"\xff")
+    config = IngestConfig(sources=(SourceConfig(path=str(folder)),))
 
     first = stages.run_stage("ingest", lake, config)
     capsys.readouterr()
@@ -45,12 +46,12 @@ def test_ingest_is_spared_while_its_files_are_the_same(
         assert held == {"table_documents": 1, "table_quarantine": 1, "table_quarantine.invalid_utf8": 1}
         assert capsys.readouterr().out == "ingest: unchanged; the lake has documents 1, quarantine 1\n"
     assert len(times_run) == 1
-
     made, *spared = runs.runs(lake, "ingest")
     assert first["records"] == dict(made["counts"])["records"] == 2
     for row in spared:
         assert (row["status"], dict(row["counts"])) == ("unchanged", held)
         assert (row["inputs"], row["outputs"]) == (made["inputs"], made["outputs"])
+
     (folder / "b.txt").write_text("second")
     grown = stages.run_stage("ingest", lake, config)
     assert [grown[name] for name in ("table_documents", "files", "files_unchanged")] == [2, 1, 2]
@@ -71,6 +72,37 @@ def test_edited_code_is_never_spared(
     for _ in range(2):
         stages.run_stage("ingest", lake, config)
     assert len(times_run) == 2
-    assert [row["status"] for row in runs.runs(lake, "ingest")] == ["succeeded", "unchanged"]
     # Run or spared, what changed nothing is said in one form.
     assert "ingest: unchanged; the lake has documents 1, quarantine 0\n" in capsys.readouterr().out
+    assert [row["status"] for row in runs.runs(lake, "ingest")] == ["succeeded", "unchanged"]
+
+
+def test_more_broken_records_than_admitted_fail_when_the_others_are_in(
+    spark: SparkSession, lake: str, tmp_path: Path, times_run: list[str], capsys: Any
+) -> None:
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "good.txt").write_text("good")
+    (tmp_path / "files" / "bad.txt").write_bytes(b"\xff")
+    (tmp_path / "files" / ".env").symlink_to("/etc/hostname")
+    (tmp_path / "files" / ".hidden").write_text("taken, and said")
+    arguments = ["ingest", "--source", str(tmp_path / "files"), "--lake", lake]
+    for _ in range(2):  # it fails as long as they are so many
+        assert main([*arguments, "--ingest.max-quarantined", "0.3"]) == 1
+        out, err = capsys.readouterr()
+        assert "1 links lead out of their source and were passed over" in out
+        assert "1 of the files are hidden, such as .hidden; --no-ingest.hidden" in out
+        assert "1 of 3 records are no documents (invalid_utf8 1)" in out
+        assert err.startswith(
+            "33.33% of the records are no documents (invalid_utf8 1), more than ingest.max_quarantined"
+        )
+        row = runs.runs(lake, "ingest")[-1]
+        assert (row["status"], dict(row["counts"])["documents"]) == ("failed", 2)
+    assert main([*arguments, "--ingest.max-quarantined", "0.4"]) == 0
+
+
+def test_rows_of_many_runs_are_few_files(lake: str) -> None:
+    for _ in range(runs._MOST_FILES + 2):
+        with runs.recorded(lake, "ingest", {}) as run:
+            run.status = "unchanged"
+    assert len(DeltaTable(OPS_RUNS.uri(lake)).file_uris()) <= 2
+    assert len(runs.runs(lake)) == runs._MOST_FILES + 2

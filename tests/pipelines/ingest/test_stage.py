@@ -87,6 +87,11 @@ def test_ingest_fills_both_tables_and_adds_nothing_again(spark: SparkSession, la
         ("latin.txt", "invalid_utf8"),
     ]
     assert first.counts["skipped"] == 1
+    words = (
+        "4 of 8 records are no documents (binary 1, invalid_utf8 1, missing_text 1, wrong_type 1): bronze.quarantine"
+    )
+    assert [note.startswith(words) for note in first.notes] == [True]
+    assert first.failure is None
     assert first.counts["quarantined.wrong_type"] == 1
     assert (first.counts["table_documents"], first.counts["table_quarantine"]) == (4, 4)
     rows = {row.source_id: row for row in lakehouse.read(spark, lake, BRONZE_DOCUMENTS).collect()}
