@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from deltalake import DeltaTable
 from deltalake.exceptions import TableNotFoundError
@@ -12,10 +14,14 @@ from pydantic import BaseModel, Field, ValidationError
 
 from jobs import console, runs, stages
 from jobs.main import main
+from jobs.report import NAME as report_name
 from jobs.settings import JobSettings, UsageError
 from pipelines.erase.config import EraseConfig
 from pipelines.tables import GOLD_TOKENS, table_uri
 from pipelines.tokenize.train import default_tokenizer, tokenizer_input
+
+if TYPE_CHECKING:
+    from pipelines.erase.stage import Others, Requested
 
 
 class Settings(JobSettings):
@@ -24,6 +30,9 @@ class Settings(JobSettings):
     document_id: list[str] = Field([], description="a document to erase; can be given more than once")
     source: list[str] = Field([], description="a source to erase whole, by its name; can be given more than once")
     where: str = Field("", description="a SQL condition on bronze.documents")
+    with_duplicates: bool = Field(
+        False, description="erase also the documents that have the very same text, by the same reason and proof"
+    )
     reason: str = Field("", description="why, as ops.erasures will say")
     restore: bool = Field(False, description="take the erasure of --document-id back: it may be ingested again")
 
@@ -47,14 +56,42 @@ def run(settings: Settings) -> None:
             return
         followed = list(_made(lake))
         with console.working("erase"), committing(spark, run.run_id):
-            run.counts = stage.request(spark, lake, config)
+            requested = stage.request(spark, lake, config)
+        run.counts = requested.counts
         console.done("erase", run.status, run.counts)
         for job, made_with in followed:
             stages.run_stage(job, lake, made_with)
         with console.working("prove"):
             run.outputs = stage.complete(spark, lake)
-    console.note("No table holds the documents any more; ops.erasures says at which versions.")
+    console.note("No table holds documents of these ids any more; ops.erasures says at which versions.")
+    for sentence in _left(lake, requested):
+        console.note(sentence)
     console.note(f"Their old files go with: lakemoe maintain --vacuum --retention-hours 0 --lake {lake}")
+
+
+def _left(lake: str, requested: Requested) -> Iterator[str]:
+    """Sentences about where the text of the erased documents may still be."""
+    same, near = requested.same_text, requested.same_cluster
+    if same.number or near.number:
+        twins = f"Other documents with the very same text: {same.number:,}{_ids(same)}"
+        if same.number:
+            twins += f" (lakemoe erase --with-duplicates --document-id {same.ids[0]} --lake {lake} erases them)"
+        yield f"{twins}; more of the same clusters of near-duplicates: {near.number:,}{_ids(near)}."
+    trained = [run["started_at"] for run in runs.runs(lake, "train-tokenizer") if run["status"] == "succeeded"]
+    since = requested.ingested_us
+    if since is not None and any(started.timestamp() * 1e6 > since for started in trained):
+        yield (
+            "The lake's tokenizer was trained on a sample of its documents, these perhaps among them, and is kept: "
+            f"lakemoe train-tokenizer --train-tokenizer.retrain --lake {lake} makes another."
+        )
+    if "://" not in lake and (report := Path(lake) / report_name).exists():
+        yield f"{report} was made before and may show them: make it again with lakemoe report, and remove its copies."
+
+
+def _ids(others: Others) -> str:
+    if not others.number:
+        return ""
+    return f", {', '.join(others.ids)}{' ...' if others.number > len(others.ids) else ''}"
 
 
 def _made(lake: str) -> Iterator[tuple[str, BaseModel]]:

@@ -13,6 +13,7 @@ class EraseConfig(BaseModel):
     document_id: tuple[str, ...] = Field((), description="documents to erase, by document_id")
     source: tuple[str, ...] = Field((), description="sources to erase whole, quarantined records too, by name")
     where: str = Field("", description="a SQL condition on bronze.documents, such as \"path LIKE '%/private/%'\"")
+    with_duplicates: bool = Field(False, description="erase also the documents that have the very same text")
     reason: str = Field("", description="why, as ops.erasures will say")
     restore: bool = Field(False, description="take the erasure back: the documents may be ingested again")
 
@@ -22,4 +23,6 @@ class EraseConfig(BaseModel):
             raise ValueError("say what to erase by one of --document-id, --source and --where")
         if self.restore and not self.document_id:
             raise ValueError("--restore takes documents by --document-id; ops.erasures has the ids")
+        if self.restore and self.with_duplicates:
+            raise ValueError("--with-duplicates says what to erase: leave it out with --restore")
         return self

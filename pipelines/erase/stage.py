@@ -5,10 +5,17 @@ deletes it from bronze; the stages then follow bronze's change feed as after any
 documents in every table and writes down at which versions they were in none. Killed anywhere, the next erase goes on
 with what is not completed. Old files hold the documents until maintain's vacuum removes them.
 
-Left out: models that were trained on the documents.
+A document's text may be in the lake under other ids as well: of these ``request`` gives those with the very same text,
+which it erases along where asked to, and those of the same cluster of near-duplicates.
+
+Left out: models and tokenizers that were trained on the documents, and reports that show them.
 """
 
 from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import reduce
 
 from pyspark.errors import AnalysisException, ParseException
 from pyspark.sql import Column, DataFrame, SparkSession
@@ -20,20 +27,61 @@ from pipelines.erase.config import EraseConfig
 from pipelines.errors import LakeError
 from pipelines.lake import delete, ensure, exists, read, revise, sync, version
 from pipelines.sql import literals
-from pipelines.tables import BRONZE_DOCUMENTS, BRONZE_QUARANTINE, OPS_ERASURES, TABLES, Table
+from pipelines.tables import (
+    BRONZE_DOCUMENTS,
+    BRONZE_QUARANTINE,
+    OPS_ERASURES,
+    SILVER_DOCUMENTS,
+    SILVER_DUPLICATES,
+    TABLES,
+    Table,
+)
 
 _VERSIONS = "array<struct<table: string, version: bigint>>"
+_SHOWN = 3
+_KINDS = {"same_text": "same_text", "same_cluster": "NOT same_text"}  # conditions on what `alike` gives
 
 
-def request(spark: SparkSession, lake: str, config: EraseConfig) -> dict[str, int]:
-    """Ask for the erasure and delete from bronze; counts of documents asked for and rows deleted.
+@dataclass(frozen=True, kw_only=True)
+class Others:
+    """Documents that stay: how many, and the first ids."""
 
-    Raises LakeError (exit code 2) when nothing matches, or a document is not known, or the condition is no SQL.
+    number: int
+    ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Requested:
+    """What was asked for. counts: documents asked for and rows deleted.
+
+    same_text, same_cluster: documents that stay and have the very same text as an erased one, or are near-duplicates of
+    one. ingested_us: when the first of the erased documents came in, in microseconds since the epoch; None: none is in
+    bronze any more.
     """
+
+    counts: dict[str, int]
+    same_text: Others
+    same_cluster: Others
+    ingested_us: int | None
+
+
+def request(spark: SparkSession, lake: str, config: EraseConfig) -> Requested:
+    """Ask for the erasure and delete from bronze.
+
+    Raises LakeError (exit code 2) when there is no lake, nothing matches, or a document is not known, or the condition
+    is no SQL.
+    """
+    bronze = read(spark, lake, BRONZE_DOCUMENTS)  # first: a wrong path must not become a lake
     for table in (OPS_ERASURES, BRONZE_QUARANTINE):
         ensure(spark, lake, table)
     wanted = keys(selected(spark, lake, config))
     assert wanted is not None
+    others = alike(spark, lake, wanted).localCheckpoint()
+    if config.with_duplicates:
+        wanted = keys(wanted.union(others.where("same_text").select("document_id")))
+        assert wanted is not None
+        others = others.where("NOT same_text")
+    first = within(bronze, wanted).agg(F.min(F.unix_micros("ingested_at"))).first()
     new = without(wanted, pending(spark, lake).select("document_id")).select(
         "document_id",
         F.current_timestamp().alias("requested_at"),
@@ -44,10 +92,37 @@ def request(spark: SparkSession, lake: str, config: EraseConfig) -> dict[str, in
     requested = sync(spark, lake, OPS_ERASURES, new.localCheckpoint(), delete=False).inserted
     ids = keys(pending(spark, lake))
     counts = {"requested": requested}
+    same = {name: _others(others.where(condition)) for name, condition in _KINDS.items()}
     for table in (BRONZE_QUARANTINE, BRONZE_DOCUMENTS):
         held = within(read(spark, lake, table).withColumn("__id", _document_id(table)), ids, "__id")
         counts[f"deleted.{table.name}"] = delete(spark, lake, table, held)
-    return counts
+    counts |= {name: found.number for name, found in same.items()}
+    return Requested(counts=counts, **same, ingested_us=first[0] if first else None)
+
+
+def _others(documents: DataFrame) -> Others:
+    ids = tuple(row[0] for row in documents.select("document_id").orderBy("document_id").take(_SHOWN))
+    return Others(number=documents.count() if ids else 0, ids=ids)
+
+
+def alike(spark: SparkSession, lake: str, wanted: DataFrame) -> DataFrame:
+    """(document_id, same_text) of the documents that have the text of a wanted one, or are in its cluster.
+
+    wanted: document_id. Without the wanted ones, and those whose erasure is asked for already.
+    """
+    ids = [
+        read(spark, lake, table)
+        .join(within(read(spark, lake, table), wanted).select(column).distinct(), column, "left_semi")
+        .select("document_id", F.lit(column != "cluster_id").alias("same_text"))
+        for table, column in (
+            (BRONZE_DOCUMENTS, "content_sha256"),
+            (SILVER_DOCUMENTS, "text_sha256"),
+            (SILVER_DUPLICATES, "cluster_id"),
+        )
+        if exists(spark, lake, table)
+    ]
+    found = reduce(DataFrame.union, ids).groupBy("document_id").agg(F.max("same_text").alias("same_text"))
+    return without(without(found, wanted), pending(spark, lake).select("document_id"))
 
 
 def pending(spark: SparkSession, lake: str) -> DataFrame:
@@ -80,11 +155,19 @@ def selected(spark: SparkSession, lake: str, config: EraseConfig) -> DataFrame:
         try:
             found = bronze.where(config.where).select("document_id")
         except (AnalysisException, ParseException) as error:
-            words = next(line for line in str(error).splitlines() if line.strip())
-            raise LakeError(f"--where {config.where!r} is no condition on bronze.documents: {words}", 2) from error
+            raise LakeError(
+                f"--where {config.where!r} is no condition on bronze.documents: {_first_words(error)}.", 2
+            ) from error
     if found.isEmpty() and pending(spark, lake).isEmpty():
         raise LakeError(f"Nothing in {lake} matches: no document was erased; check the name or the condition.", 2)
     return found
+
+
+def _first_words(error: BaseException) -> str:
+    """What Spark says first: without its error class, its SQLSTATE, and the suggestions and plan that follow."""
+    words = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    words = re.sub(r"^\[[\w.]+\] |\s*SQLSTATE: .*$", "", words.strip())
+    return re.split(r"(?<=\w[\w`'\")])\. ", words, maxsplit=1)[0].rstrip(". ")
 
 
 def complete(spark: SparkSession, lake: str) -> dict[str, int]:
@@ -122,9 +205,8 @@ def documents_of(rows: DataFrame, table: Table) -> DataFrame:
 def restore(spark: SparkSession, lake: str, config: EraseConfig) -> int:
     """Forget the erasure of documents named by their ids, so that ingest takes them again; how many there were.
 
-    Raises LakeError (exit code 2) when none of them was erased.
+    Raises LakeError (exit code 2) when none of them was erased, or nothing was in this lake.
     """
-    ensure(spark, lake, OPS_ERASURES)
     rows = read(spark, lake, OPS_ERASURES).where(f"document_id IN ({literals(config.document_id)})")
     if not (count := delete(spark, lake, OPS_ERASURES, rows)):
         raise LakeError(f"None of these documents was erased in {lake}: ops.erasures has the ids.", 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,14 @@ def test_an_erased_document_is_nowhere(
     assert rows(spark, lake, OPS_ERASURES) == []
 
     # The one that was kept goes: the other takes its place.
+    (Path(lake) / "report.html").write_text("made before")
+    capsys.readouterr()
     assert lakemoe("erase", "--document-id", first, "--reason", "asked by letter", "--lake", lake) == 0
+    out = capsys.readouterr().out
+    assert f"Other documents with the very same text: 1, {second} (lakemoe erase --with-duplicates " in out
+    assert f"--document-id {second} --lake {lake} erases them); more of the same clusters" in out
+    assert "The lake's tokenizer was trained on a sample of its documents, these perhaps among them" in out
+    assert f"{lake}/report.html was made before and may show them" in out
     (proof,) = rows(spark, lake, OPS_ERASURES)
     assert (proof["document_id"], proof["reason"]) == (first, "asked by letter")
     assert proof["completed_at"] is not None
@@ -133,6 +141,38 @@ def test_an_erased_document_is_nowhere(
     assert lakemoe("erase", "--restore", "--document-id", first, "--lake", lake) == 0
     assert lakemoe(*pipeline) == 0
     assert [r["document_id"] for r in rows(spark, lake, BRONZE_DOCUMENTS)] == [first]
+
+
+def test_the_very_same_text_is_named_or_goes_along(spark: SparkSession, lake: str, source: Path, capsys: Any) -> None:
+    # Nothing is left of a mistake: a wrong path is no lake afterwards.
+    assert lakemoe("erase", "--where", "true", "--lake", lake) == 2
+    assert lakemoe("erase", "--restore", "--document-id", "0" * 64, "--lake", lake) == 2
+    assert not Path(lake).exists()
+    assert lakemoe("erase", "--restore", "--with-duplicates", "--document-id", "0" * 64, "--lake", lake) == 2
+    capsys.readouterr()
+
+    shutil.copy(source / "copy.txt", source / "another.txt")
+    assert lakemoe("ingest", "--source", source, "--lake", lake) == 0
+    for condition, words in (
+        ("no_column = 1", "A column, variable, or function parameter with name `no_column` cannot be resolved"),
+        ("1 +* 2", "Syntax error at or near '2': extra input '2'"),
+    ):
+        capsys.readouterr()
+        assert lakemoe("erase", "--where", condition, "--lake", lake) == 2
+        sentence = f"--where {condition!r} is no condition on bronze.documents: {words}.\n"
+        assert capsys.readouterr().err == sentence
+
+    held = {r["source_id"]: r["document_id"] for r in rows(spark, lake, BRONZE_DOCUMENTS)}
+    twins = [held["another.txt"], held["copy.txt"]]
+    erase = ("erase", "--document-id", held["3.txt"], "--reason", "by letter", "--lake", lake)
+    assert lakemoe(*erase, "--with-duplicates") == 0
+    assert "very same text" not in capsys.readouterr().out
+    proofs = rows(spark, lake, OPS_ERASURES)
+    assert {p["document_id"] for p in proofs} == {held["3.txt"], *twins}
+    assert {p["reason"] for p in proofs} == {"by letter"}
+    assert all(p["completed_at"] for p in proofs)
+    left = {r["source_id"] for r in rows(spark, lake, BRONZE_DOCUMENTS)}
+    assert left == set(held) - {"3.txt", "copy.txt", "another.txt"}
 
 
 @pytest.mark.slow

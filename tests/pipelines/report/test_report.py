@@ -295,7 +295,7 @@ def test_the_page_says_the_figures_and_loads_nothing(counted: Figures) -> None:
 def test_a_lake_that_stops_at_bronze(spark: SparkSession, lake: str, tmp_path: Path) -> None:
     ingest.run(spark, lake, IngestConfig(sources=write_sources(tmp_path)), run_id="r1")
     erased = EraseConfig.model_validate({"where": "source = 'prose' AND path LIKE '%short.txt'", "reason": "asked"})
-    assert erase.request(spark, lake, erased)["requested"] == 1
+    assert erase.request(spark, lake, erased).counts["requested"] == 1
     counted = figures(spark, lake)
     assert [(e.reason, e.documents, e.open) for e in counted.erasures] == [("asked", 1, 1)]
     assert [stage.name for stage in counted.funnel] == ["documents"]
