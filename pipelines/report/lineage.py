@@ -7,7 +7,7 @@ from typing import Any
 
 from delta.tables import DeltaTable
 from pydantic import ValidationError
-from pyspark.sql import DataFrame, Row, SparkSession, Window
+from pyspark.sql import Column, DataFrame, Row, SparkSession, Window
 from pyspark.sql import functions as F
 
 from pipelines import lake as tables_of
@@ -43,13 +43,18 @@ def rules_that_judged(lake: Lake) -> tuple[tuple[Rule, ...], bool]:
     runs = lake.read(OPS_RUNS)
     if runs is not None:
         cleaned = runs.where((F.col("job") == "clean") & F.col("status").isin(*JUDGED))
-        last = cleaned.orderBy(F.desc("run_id")).select("configuration").head()
+        last = cleaned.orderBy(*_ended_last()).select("configuration").head()
         try:
             if last is not None:
                 return CleanConfig.model_validate(json.loads(last[0])).rules, True
         except (ValidationError, ValueError, TypeError):
             pass  # Written by a version of lakemoe with other settings.
     return CleanConfig.model_validate({}).rules, False
+
+
+def _ended_last() -> tuple[Column, Column]:
+    """The order of runs, newest first: of two at the same time the one that ended last says how it stands."""
+    return F.desc(F.coalesce("ended_at", "started_at")), F.desc("run_id")
 
 
 def table_states(lake: Lake) -> tuple[facts.TableState, ...]:
@@ -62,11 +67,11 @@ def table_states(lake: Lake) -> tuple[facts.TableState, ...]:
 
 
 def last_runs(lake: Lake) -> tuple[facts.Run, ...]:
-    """The last run of each job, in the order in which they were started."""
+    """The run of each job that ended last, in the order in which they were started."""
     runs = lake.read(OPS_RUNS)
     if runs is None:
         return ()
-    newest = F.row_number().over(Window.partitionBy("job").orderBy(F.desc("run_id")))
+    newest = F.row_number().over(Window.partitionBy("job").orderBy(*_ended_last()))
     last = runs.withColumn("newest", newest).where("newest = 1").orderBy("run_id")
     columns = ("job", "run_id", "started_at", "ended_at", "status", "code_version", "inputs", "outputs")
     out = []

@@ -31,7 +31,7 @@ from pipelines.report.charts import chart
 from pipelines.report.facts import Erasure, Figures, Rejection, Share
 from pipelines.report.figures import figures
 from pipelines.report.histograms import scale_of
-from pipelines.report.lineage import Lake
+from pipelines.report.lineage import Lake, last_runs
 from pipelines.report.page import render
 from pipelines.report.views import number, share
 from pipelines.tables import GOLD_SEQUENCES, GOLD_TOKENS, SILVER_DOCUMENTS, TABLES
@@ -230,6 +230,16 @@ def test_lineage(counted: Figures) -> None:
     assert f"The last run of clean failed ({run.run_id})." in page_of(
         replace(counted, runs=(replace(run, status="failed"),))
     )
+
+
+def test_of_two_runs_at_a_time_the_one_that_ended_last_counts(spark: SparkSession, lake: str) -> None:
+    with runs.recorded(lake, "ingest", {}):
+        pass
+    with runs.recorded(lake, "ingest", {}) as long, pytest.raises(ValueError, match="full"):  # noqa: SIM117
+        with runs.recorded(lake, "ingest", {}):
+            raise ValueError("disk full")
+    (run,) = last_runs(Lake(spark, lake))
+    assert (run.run_id, run.status) == (long.run_id, "succeeded")
 
 
 class Outline(HTMLParser):
