@@ -9,6 +9,8 @@ documents' (``arrange``). Packed over several runs an edition holds the same doc
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 from tokenizers import Tokenizer
@@ -21,8 +23,11 @@ from pipelines.pack.config import PackConfig
 from pipelines.pack.fim import fill_in_the_middle
 from pipelines.pack.pieces import pieces_of_documents, tails_of_sequences
 from pipelines.pack.sequences import Edition
-from pipelines.tables import END_OF_TEXT, GOLD_SEQUENCES, GOLD_TOKENS, PAD
+from pipelines.tables import END_OF_TEXT, GOLD_SEQUENCES, GOLD_TOKENS, PAD, SPLITS
 from pipelines.tokenize.train import chosen_tokenizer, tokenizer_input, tokenizer_json
+
+# A loss over fewer validation sequences than these says little.
+FEW_SEQUENCES = 8
 
 
 def run(
@@ -61,16 +66,36 @@ def run(
         wanted.unpersist()
     packed = tables_of.read(spark, lake, GOLD_SEQUENCES, written.version).where(edition.scope)
     counts = {"sequences": 0, "padding": 0, "tokens": 0}
-    for row in tables_of.few(packed.groupBy("split").agg(F.count("*"), F.sum("pad_count"))):
-        counts[f"sequences_{row[0]}"] = int(row[1])
-        counts["sequences"] += int(row[1])
-        counts["padding"] += int(row[2])
+    by_domain = {}
+    for split, domain, number, padding in tables_of.few(
+        packed.groupBy("split", "domain").agg(F.count("*"), F.sum("pad_count"))
+    ):
+        by_domain[split, domain] = int(number)
+        counts[f"sequences_{split}"] = counts.get(f"sequences_{split}", 0) + int(number)
+        counts["sequences"] += int(number)
+        counts["padding"] += int(padding)
     counts["tokens"] = counts["sequences"] * config.sequence_length - counts["padding"]
     counts |= {"inserted": written.inserted, "deleted": written.deleted}
     return StageResult(
         counts=counts,
         inputs={GOLD_TOKENS.name: version or 0, **tokenizer_input(tokenizer_id)},
         outputs={GOLD_SEQUENCES.name: written.version},
+        notes=thin_validation(by_domain),
+    )
+
+
+def thin_validation(sequences: Mapping[tuple[str, str], int]) -> tuple[str, ...]:
+    """A sentence where evaluation has too little to go by. sequences: their number by split and domain."""
+    train, validation = SPLITS
+    number = sum(n for (split, _), n in sequences.items() if split == validation)
+    domains = sorted({domain for split, domain in sequences if split == train})
+    missing = [domain for domain in domains if not sequences.get((validation, domain))]
+    if not domains or (number >= FEW_SEQUENCES and not missing):
+        return ()
+    lacks = f", none of {' and '.join(missing)}" if missing else ""
+    return (
+        f"The validation split is too thin for an evaluation (sequences: {number}{lacks}): raise "
+        "--tokenize.validation-fraction, and run tokenize and pack again.",
     )
 
 

@@ -86,7 +86,9 @@ def test_from_silver_to_sequences(spark: SparkSession, lake: str) -> None:
     tokens_in = sum(r["token_count"] + 1 for r in gold.values())
     assert packed.counts["tokens"] == tokens_in == made.counts["tokens"] + made.counts["documents"]
     assert pack(spark, lake, PackConfig(sequence_length=64, groups=2), run_id="r").outputs == packed.outputs
-    pack(spark, lake, PackConfig(sequence_length=128, domain="source"), run_id="r")
+    assert packed.notes == ()
+    [thin] = pack(spark, lake, PackConfig(sequence_length=4096, domain="source"), run_id="r").notes
+    assert thin.startswith("The validation split is too thin for an evaluation (sequences: ")
     sequences = tables_of.read(spark, lake, GOLD_SEQUENCES).collect()
     short = [s for s in sequences if s["sequence_length"] == 64]
     assert len(short) == packed.counts["sequences"] < len(sequences)

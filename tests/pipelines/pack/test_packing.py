@@ -15,6 +15,7 @@ from pipelines.pack.config import PackConfig
 from pipelines.pack.packing import best_fit, concat, cut
 from pipelines.pack.pieces import cut_documents
 from pipelines.pack.sequences import Edition
+from pipelines.pack.stage import FEW_SEQUENCES, thin_validation
 
 LENGTHS = st.lists(st.integers(1, 40), max_size=30)
 END, PAD = 0, 1
@@ -123,3 +124,14 @@ def test_other_tokens_of_equal_number_are_another_sequence() -> None:
     for one, two in zip(before, after, strict=True):
         assert (one["sequence_id"] == two["sequence_id"]) == (one["tokens"] == two["tokens"])
     assert before != after
+
+
+def test_a_thin_validation_split_is_said() -> None:
+    train = {("train", "text"): 900, ("train", "code"): 50}
+    words = "The validation split is too thin for an evaluation"
+    [few] = thin_validation({**train, ("validation", "text"): 3, ("validation", "code"): FEW_SEQUENCES - 4})
+    assert few.startswith(f"{words} (sequences: 7): raise --tokenize.validation-fraction")
+    [none] = thin_validation({**train, ("validation", "text"): 90})
+    assert none.startswith(f"{words} (sequences: 90, none of code): raise")
+    assert thin_validation({**train, ("validation", "text"): 4, ("validation", "code"): FEW_SEQUENCES - 4}) == ()
+    assert thin_validation({}) == ()
