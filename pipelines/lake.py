@@ -156,7 +156,7 @@ def read(spark: SparkSession, lake: str, table: Table, version: int | None = Non
     Raises LakeError (exit code 2) that names the missing table.
     """
     if not exists(spark, lake, table):
-        raise LakeError(f"{table.name} is not in {lake}: run the job that writes it first, or name another --lake.", 2)
+        raise LakeError(f"{table.name} is not in {lake}: run lakemoe {table.job} first, or name another --lake.", 2)
     reader = spark.read.format("delta")
     if version is not None:
         reader = reader.option("versionAsOf", version)

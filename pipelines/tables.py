@@ -49,9 +49,10 @@ def hash_version(digest: bytes) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """One Delta table: what it is called, what is in it, and the rules that Delta enforces on it."""
+    """One Delta table: what it is called, the job that makes it, what is in it, and the rules that Delta enforces."""
 
     name: str
+    job: str
     comment: str
     schema: pa.Schema
     key: tuple[str, ...]
@@ -102,6 +103,7 @@ SOURCE = column("source", pa.string(), "the source's name, by default its folder
 
 BRONZE_DOCUMENTS = Table(
     name="bronze.documents",
+    job="ingest",
     comment="every document as it came, decoded and otherwise untouched",
     key=("document_id",),
     schema=pa.schema(
@@ -130,6 +132,7 @@ BRONZE_DOCUMENTS = Table(
 
 BRONZE_QUARANTINE = Table(
     name="bronze.quarantine",
+    job="ingest",
     comment="every input record that is no document, and why",
     key=("quarantine_id",),
     schema=pa.schema(
@@ -203,6 +206,7 @@ SIGNALS = pa.struct(
 
 SILVER_DOCUMENTS = Table(
     name="silver.documents",
+    job="clean",
     comment="every bronze document, normalised, redacted and judged; rejected ones stay with their reasons",
     key=("document_id",),
     schema=pa.schema(
@@ -231,6 +235,7 @@ SILVER_DOCUMENTS = Table(
 
 SILVER_MINHASH = Table(
     name="silver.minhash",
+    job="dedup",
     comment="MinHash-LSH bands of every distinct text",
     key=("document_id", "band"),
     schema=pa.schema(
@@ -244,6 +249,7 @@ SILVER_MINHASH = Table(
 
 SILVER_DUPLICATES = Table(
     name="silver.duplicates",
+    job="dedup",
     comment="the members of every cluster of two and more; a document alone has no row",
     key=("document_id",),
     schema=pa.schema(
@@ -260,6 +266,7 @@ SILVER_DUPLICATES = Table(
 
 GOLD_TOKENS = Table(
     name="gold.tokens",
+    job="tokenize",
     comment="the tokens of every accepted, kept document, one edition a tokenizer",
     key=("document_id", "tokenizer_id"),
     partition_by=("tokenizer_id",),
@@ -279,6 +286,7 @@ GOLD_TOKENS = Table(
 
 GOLD_SEQUENCES = Table(
     name="gold.sequences",
+    job="pack",
     comment="fixed-length training sequences, one edition a tokenizer and a sequence length",
     key=("sequence_id",),
     partition_by=("tokenizer_id", "sequence_length"),
@@ -307,6 +315,7 @@ FILES = "files:"
 
 OPS_RUNS = Table(
     name="ops.runs",
+    job="pipeline",
     comment="every run of every job",
     key=("run_id",),
     schema=pa.schema(
@@ -328,6 +337,7 @@ OPS_RUNS = Table(
 
 OPS_PROMOTIONS = Table(
     name="ops.promotions",
+    job="promote",
     comment="every decision of the promotion gate, pass or refuse",
     key=("promotion_id",),
     schema=pa.schema(
@@ -347,6 +357,7 @@ OPS_PROMOTIONS = Table(
 
 OPS_ERASURES = Table(
     name="ops.erasures",
+    job="erase",
     comment="every document that was asked to be erased; while its row is there, ingest leaves the document out",
     key=("document_id", "requested_at"),
     schema=pa.schema(

@@ -9,6 +9,7 @@ import pytest
 from jobs.catalog import JOBS
 from jobs.main import explain, main
 from jobs.settings import UsageError
+from pipelines.tables import TABLES
 
 
 def test_help_lists_every_job(capsys: pytest.CaptureFixture[str]) -> None:
@@ -48,3 +49,7 @@ def test_every_job_has_help(job: str, capsys: pytest.CaptureFixture[str]) -> Non
         main([job, "--help"])
     assert caught.value.code == 0
     assert "--lake" in capsys.readouterr().out
+
+
+def test_every_table_names_the_job_that_makes_it() -> None:
+    assert {table.job for table in TABLES.values()} <= set(JOBS)

@@ -82,7 +82,7 @@ def test_a_value_outside_the_contract_is_not_written(spark: SparkSession, lake: 
 
 
 def test_a_missing_table_is_named(spark: SparkSession, lake: str) -> None:
-    with pytest.raises(LakeError, match=r"silver.duplicates is not in"):
+    with pytest.raises(LakeError, match=r"silver.duplicates is not in .*: run lakemoe dedup first"):
         lakes.read(spark, lake, SILVER_DUPLICATES)
 
 
