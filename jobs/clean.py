@@ -32,7 +32,7 @@ def run(settings: Settings) -> None:
 
 
 def rejudge(lake: str, config: CleanConfig) -> None:
-    """Judge what silver.documents holds by other rules.
+    """Judge what silver.documents holds by other rules; by the same ones there is nothing to do.
 
     Raises UsageError where settings differ that need the text, from those that made silver.documents.
     """
@@ -42,6 +42,9 @@ def rejudge(lake: str, config: CleanConfig) -> None:
     made, wanted = (json.loads(last["configuration"]), config.model_dump(mode="json"))
     if other := next((name for name in wanted if name not in JUDGING and made.get(name) != wanted[name]), None):
         raise UsageError(f"clean.{other} is not what silver.documents was made with: run clean without --rejudge.")
+    if state := runs.last_state(lake, "clean", wanted):
+        stages.spare_stage("clean", lake, config, state)
+        return
     # Signals made by other code are judged all the same, but the next clean measures them anew.
     same_code = last["code_version"] == runs.code_version()
     since = runs.versions(last["inputs"]) if same_code else {}

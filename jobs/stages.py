@@ -6,6 +6,7 @@ Progress goes to a terminal as a spinner with the time, Spark's tasks and rows, 
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -80,6 +81,8 @@ STAGES: dict[str, Stage] = {
 # on a folder of evaluation sets that may have moved.
 FOLLOWERS = ("clean", "dedup", "tokenize", "pack")
 
+_NAMES = 4  # of rules, in a line about them
+
 
 def run_stage(job: str, lake: str, config: BaseModel) -> dict[str, int]:
     """Bring one stage's tables up to date: nothing where nothing changed, what changed since its last run, or all.
@@ -102,8 +105,32 @@ def spare_stage(job: str, lake: str, config: BaseModel, last: Mapping[str, Any])
 
 
 def totals(job: str, counts: Mapping[str, int]) -> dict[str, int]:
-    """Of a stage's counts those that say what the lake holds."""
-    return {name: n for name, n in counts.items() if name.partition(".")[0] in STAGES[job].totals}
+    """Of a stage's counts those that say what the lake holds, in the stage's order."""
+    order = {total: at for at, total in enumerate(STAGES[job].totals)}
+    found = [(order[total], name) for name in counts if (total := name.partition(".")[0]) in order]
+    return {name: counts[name] for _, name in sorted(found, key=lambda item: item[0])}
+
+
+def rules_changed(lake: str, config: CleanConfig) -> str:
+    """How the rules differ from the last clean's, in a few words; empty where they are the same or there was none."""
+    last = runs.last_good(lake, "clean")
+    if not last:
+        return ""
+    before, now = (
+        {rule["name"]: rule for rule in rules}
+        for rules in (json.loads(last[0]["configuration"]).get("rules", []), config.model_dump(mode="json")["rules"])
+    )
+    parts = {
+        "new": [name for name in now if name not in before],
+        "gone": [name for name in before if name not in now],
+        "changed": [name for name in now if name in before and before[name] != now[name]],
+    }
+    said = [
+        f"{what}: {', '.join(names[:_NAMES])}{' ...' if len(names) > _NAMES else ''}"
+        for what, names in parts.items()
+        if names
+    ]
+    return f"rules {len(now)}, were {len(before)} ({'; '.join(said)})" if said else ""
 
 
 def _say(job: str, status: str, counts: Mapping[str, int]) -> None:
@@ -122,6 +149,8 @@ def record_stage(
 
     since: the versions of its inputs that the last run saw; None: it looks at everything. options: more arguments.
     """
+    if isinstance(config, CleanConfig) and (sentence := rules_changed(lake, config)):
+        console.note(f"{job}: {sentence}")
     before = {name: runs.table_version(lake, name) for name in TABLES if not name.startswith("ops.")}
     with console.working(job) as show, runs.recorded(lake, job, config.model_dump(mode="json")) as run:
         stage: Callable[..., StageResult] = getattr(importlib.import_module(STAGES[job].module), function)

@@ -13,6 +13,7 @@ from pyspark.sql import SparkSession
 
 from jobs import runs, stages
 from jobs.main import main
+from pipelines.clean.config import CleanConfig, Rule
 from pipelines.ingest import stage as ingest
 from pipelines.ingest.config import IngestConfig, SourceConfig
 from pipelines.tables import BRONZE_DOCUMENTS, OPS_RUNS
@@ -106,3 +107,29 @@ def test_rows_of_many_runs_are_few_files(lake: str) -> None:
             run.status = "unchanged"
     assert len(DeltaTable(OPS_RUNS.uri(lake)).file_uris()) <= 2
     assert len(runs.runs(lake)) == runs._MOST_FILES + 2
+
+
+def test_rules_that_differ_are_said_and_the_same_ones_judge_nothing_again(
+    lake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(runs, "code_version", lambda: "1.0+abc")
+    monkeypatch.setattr(stages, "record_stage", lambda *a, **k: pytest.fail("it was judged again"))
+    config = CleanConfig()
+    assert stages.rules_changed(lake, config) == ""
+    with runs.recorded(lake, "clean", config.model_dump(mode="json")) as run:
+        run.inputs, run.counts = (
+            {BRONZE_DOCUMENTS.name: 3},
+            {"documents": 9, "accepted": 8, "rejected": 1, "updated": 4},
+        )
+    assert main(["clean", "--rejudge", "--lake", lake]) == 0
+    assert capsys.readouterr().out.startswith("clean: unchanged; the lake has documents 9, accepted 8, rejected 1\n")
+    assert [row["status"] for row in runs.runs(lake, "clean")] == ["succeeded", "unchanged"]
+
+    number = len(config.rules)
+    shorter, other = config.rules[:3], config.rules[0].model_copy(update={"min": 7.0})
+    fewer = config.model_copy(update={"rules": (*shorter, Rule(name="my.rule", signal="words", kind="text", min=1))})
+    names = ", ".join(rule.name for rule in config.rules[3:7])
+    assert stages.rules_changed(lake, fewer) == f"rules 4, were {number} (new: my.rule; gone: {names} ...)"
+    changed = config.model_copy(update={"rules": (other, *config.rules[1:])})
+    assert stages.rules_changed(lake, changed) == f"rules {number}, were {number} (changed: {other.name})"
+    assert stages.rules_changed(lake, config) == ""
