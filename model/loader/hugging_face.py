@@ -24,7 +24,7 @@ from datasets.iterable_dataset import _BaseExamplesIterable
 from model.loader.loader import SequenceReader
 from model.loader.mixture import Phase
 from model.loader.order import Order
-from model.loader.snapshot import Snapshot
+from model.loader.snapshot import Ints, Snapshot
 
 # Ranks and workers each take one sample in so many; any of these numbers divides it: up to 10, and 2^10.
 _SHARDS = 2**10 * 3**2 * 5 * 7
@@ -62,29 +62,39 @@ class _Samples(_BaseExamplesIterable):
 
     def __iter__(self) -> Iterator[tuple[int, dict[str, Any]]]:
         seed, mixture, global_batch_size = self._how
-        order, reader = Order(self._snapshot, seed, mixture, global_batch_size), SequenceReader(self._snapshot)
+        order = Order(self._snapshot, seed, mixture, global_batch_size)
+        reader = SequenceReader(self._snapshot, order.room(self._stride))
         state: Any = self._state_dict  # None: nobody asks for it
         done = int(state["samples"]) if state else 0
+        batches = reader.batches(self._wanted(order, done))
+        try:
+            for batch in batches:
+                for row in range(len(batch)):
+                    done += 1
+                    if state:
+                        state["samples"] = done
+                    yield (
+                        self._offset + (done - 1) * self._stride,
+                        {
+                            "input_ids": batch.tokens[row].numpy().astype(np.int32),
+                            "segment_ids": batch.segment_ids[row].numpy(),
+                            "position_ids": batch.positions[row].numpy(),
+                            "loss_mask": batch.loss_mask[row].numpy(),
+                            "domain": batch.domains[row],
+                            "sequence_id": batch.sequence_ids[row],
+                        },
+                    )
+        finally:
+            batches.close()
+
+    def _wanted(self, order: Order, done: int) -> Iterator[Ints]:
+        """The samples after the first `done` ones, some at a time."""
         while (start := done * self._stride) < self._stop:
             indices = order.samples(start, min(start + _READ * self._stride, self._stop))[self._offset :: self._stride]
             if not len(indices):  # fewer are left than ranks
                 return
-            batch = reader.batch(indices)
-            for row in range(len(batch)):
-                done += 1
-                if state:
-                    state["samples"] = done
-                yield (
-                    self._offset + (done - 1) * self._stride,
-                    {
-                        "input_ids": batch.tokens[row].numpy().astype(np.int32),
-                        "segment_ids": batch.segment_ids[row].numpy(),
-                        "position_ids": batch.positions[row].numpy(),
-                        "loss_mask": batch.loss_mask[row].numpy(),
-                        "domain": batch.domains[row],
-                        "sequence_id": batch.sequence_ids[row],
-                    },
-                )
+            yield indices
+            done += len(indices)
 
     @property
     def num_shards(self) -> int:

@@ -1,20 +1,27 @@
 """Batches of packed sequences from a pinned snapshot, in an order that resumes exactly.
 
 Every sample comes exactly once an epoch, epochs follow each other without end, and global batch g is the samples
-g*B to (g+1)*B-1 of that endless order; a rank takes its slice of it. With a mixture (`mixture.py`) each domain has
-epochs of its own, and the mixture says whose next sample comes. Tokens are read by row group and kept in a cache
-bounded in bytes (least recently used goes first): a split that fits is read once, a larger one is read again and again,
-because the shuffle is over the whole split.
+g*B to (g+1)*B-1 of that endless order (`order.py`); rank r of w takes every w-th of them from the r-th on. With a
+mixture (`mixture.py`) each domain has epochs of its own, and the mixture says whose next sample comes.
 
-Leaves out: prefetching, a windowed shuffle for splits larger than memory.
+Row groups are read whole, ahead of their need and in threads (`readahead.py`), and held as long as the order comes back
+to them. A state describes what was handed out, not what was read ahead.
 
-Shapes: b sequences of this rank, S tokens a sequence.
+Memory of one reader: `cache_bytes` of row groups, or one row group where that is larger. By default that is what the
+order needs for reading each row group once an epoch (`Order.room`). Of a split that fits the window (WINDOW_BYTES, 1
+GiB of tokens) these are its row groups; of a larger one, on one rank, twice the window and 16 row groups (4 GiB with
+row groups of 128 MiB, more where the split is less than ten windows), on 8 ranks an eighth of that each. Beside it, for
+an object store the compressed bytes of eight row groups on their way, the index (`snapshot.py`) and the order (32 bytes
+a sequence of a window, or of a split that fits it).
+
+Shapes: b sequences of this rank, S tokens a sequence; R rows of a row group that are in the split.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,9 +34,8 @@ import torch
 from model.errors import ModelError
 from model.loader.mixture import Phase
 from model.loader.order import Order
-from model.loader.snapshot import Snapshot, open_parquet
-
-CACHE_BYTES = 1 << 30  # decoded tokens held by one reader
+from model.loader.readahead import THREADS_LOCAL, THREADS_REMOTE, Readahead
+from model.loader.snapshot import COLUMNS, Ints, Snapshot, rows_of_split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,86 +70,111 @@ class Batch:
 
 @dataclass(frozen=True)
 class _RowGroup:
-    tokens_RS: npt.NDArray[np.uint32]
-    segment_offsets: npt.NDArray[np.int64]  # [R+1], into segment_lengths
-    segment_lengths: npt.NDArray[np.int64]
-    pad_R: npt.NDArray[np.int64]
+    """tokens and segments of all rows of a row group, and which of them (rows_R) are the split's."""
 
-    @property
-    def nbytes(self) -> int:
-        return self.tokens_RS.nbytes + self.segment_lengths.nbytes + self.segment_offsets.nbytes + self.pad_R.nbytes
+    rows_R: list[int]
+    tokens: npt.NDArray[np.uint32]  # [rows, S]
+    segment_offsets: Ints  # [rows + 1], into segment_lengths
+    segment_lengths: Ints
+    pad: Ints  # [rows]
+    sequence_ids: list[str]
+    file_bytes: int  # that were read for it
+
+
+# A batch's canonical indices, and by row group their places in the batch and numbers in the row group.
+_Places = tuple[Ints, dict[int, list[tuple[int, int]]]]
 
 
 class SequenceReader:
-    """Random access to a snapshot's sequences by canonical index, through a cache of at most cache_bytes
-    (and never less than one row group)."""
+    """Reads a snapshot's sequences by canonical index.
 
-    def __init__(self, snapshot: Snapshot, cache_bytes: int = CACHE_BYTES) -> None:
+    cache_bytes: of row groups held, see the module's docstring. bytes_read: of the files, so far.
+    """
+
+    def __init__(self, snapshot: Snapshot, cache_bytes: int) -> None:
         self.snapshot = snapshot
-        self.cache_bytes = cache_bytes
-        self._cache: OrderedDict[tuple[int, int], _RowGroup] = OrderedDict()
-        self._held = 0
+        self.bytes_read = 0
+        self._counting = threading.Lock()
+        threads = THREADS_LOCAL if snapshot.store.is_local else THREADS_REMOTE
+        self._groups = Readahead(self._load, snapshot.group_bytes, cache_bytes, threads)
 
-    def batch(self, indices: Sequence[int] | npt.NDArray[np.int64]) -> Batch:
-        """The sequences at these canonical indices."""
-        snapshot, S = self.snapshot, self.snapshot.sequence_length
-        b = len(indices)
-        tokens = np.empty((b, S), dtype=np.int64)
-        lengths_by_row, padded = [], np.empty(b, dtype=bool)
-        for out, index in enumerate(indices):
-            group = self._group(int(snapshot.file_N[index]), int(snapshot.row_group_N[index]))
-            row = int(snapshot.row_N[index])
-            tokens[out] = group.tokens_RS[row]
-            lengths_by_row.append(group.segment_lengths[group.segment_offsets[row] : group.segment_offsets[row + 1]])
-            padded[out] = group.pad_R[row] > 0
-        segments, positions = _segments(lengths_by_row, padded, S)
+    def batches(self, wanted: Iterable[Ints]) -> Generator[Batch]:
+        """A batch for each array of canonical indices; wanted is looked at some hundred batches ahead.
+
+        Closing the iterator ends the reading ahead. Raises ModelError where a row group cannot be read, when its turn
+        comes.
+        """
+
+        def needs() -> Iterator[tuple[_Places, list[int]]]:
+            for indices in wanted:
+                groups, numbers = self.snapshot.locate(indices)
+                by_group: dict[int, list[tuple[int, int]]] = {}
+                for out, (group, number) in enumerate(zip(groups.tolist(), numbers.tolist(), strict=True)):
+                    by_group.setdefault(group, []).append((out, number))
+                yield (indices, by_group), list(by_group)
+
+        followed = self._groups.follow(needs())
+        try:
+            for (indices, by_group), get in followed:
+                yield self._batch(indices, by_group, get)
+        finally:
+            followed.close()
+
+    def _batch(
+        self, indices: Ints, by_group: dict[int, list[tuple[int, int]]], get: Callable[[int], _RowGroup]
+    ) -> Batch:
+        """One row group after the other, so that no more than one has to be held."""
+        snapshot, b = self.snapshot, len(indices)
+        tokens = np.empty((b, snapshot.sequence_length), dtype=np.int64)
+        lengths_b: list[Ints] = [indices[:0]] * b
+        padded, sequence_ids = np.empty(b, dtype=bool), [""] * b
+        for name, places in by_group.items():
+            group = get(name)
+            for out, number in places:
+                row = group.rows_R[number]
+                tokens[out] = group.tokens[row]
+                lengths_b[out] = group.segment_lengths[group.segment_offsets[row] : group.segment_offsets[row + 1]]
+                padded[out] = group.pad[row] > 0
+                sequence_ids[out] = group.sequence_ids[row]
+        segments, positions = _segments(lengths_b, padded, snapshot.sequence_length)
         mask = (segments >= 0) & (positions > 0)
         return Batch(
             tokens=torch.from_numpy(tokens),
             segment_ids=torch.from_numpy(segments),
             positions=torch.from_numpy(positions),
             loss_mask=torch.from_numpy(mask),
-            domains=[snapshot.domains[snapshot.domain_N[i]] for i in indices],
-            sequence_ids=[snapshot.sequence_ids_N[i].decode() for i in indices],
+            domains=[snapshot.domains[i] for i in snapshot.domain_numbers(indices).tolist()],
+            sequence_ids=sequence_ids,
         )
 
-    def _group(self, file: int, group: int) -> _RowGroup:
-        key = (file, group)
-        held = self._cache.get(key)
-        if held is not None:
-            self._cache.move_to_end(key)
-            return held
-        loaded = self._load(file, group)
-        while self._cache and self._held + loaded.nbytes > self.cache_bytes:
-            self._held -= self._cache.popitem(last=False)[1].nbytes
-        self._cache[key] = loaded
-        self._held += loaded.nbytes
-        return loaded
-
-    def _load(self, file: int, group: int) -> _RowGroup:
-        path, S = self.snapshot.files[file], self.snapshot.sequence_length
-        try:
-            table = open_parquet(self.snapshot.filesystem, path).read_row_group(
-                group, columns=["tokens", "segment_lengths", "pad_count"]
-            )
-        except (OSError, pa.ArrowException, KeyError) as error:
-            raise ModelError(f"{path} cannot be read any more ({error}); restore the file or pack again.") from error
+    def _load(self, number: int, stop: threading.Event) -> _RowGroup:
+        snapshot, S = self.snapshot, self.snapshot.sequence_length
+        path = snapshot.paths[snapshot.file_G[number]]
+        shown = snapshot.store.show(path)
+        table, size = snapshot.store.row_group(path, int(snapshot.row_group_G[number]), COLUMNS, stop)
+        with self._counting:
+            self.bytes_read += size
         if any(table[c].null_count for c in table.column_names):
-            raise ModelError(f"{path} holds nulls where tokens should be; pack again.")
+            raise ModelError(f"{shown} holds nulls where tokens should be; pack again.")
         if bool(pc.any(pc.not_equal(pc.binary_length(table["tokens"]), 4 * S)).as_py()):
-            raise ModelError(f"{path} holds a sequence that is not {S} tokens long; pack again.")
+            raise ModelError(f"{shown} holds a sequence that is not {S} tokens long; pack again.")
         views = [_view(chunk, S) for chunk in table["tokens"].chunks]
         tokens = views[0] if len(views) == 1 else np.concatenate(views)
-        lists = table["segment_lengths"].combine_chunks()
-        lists = lists.chunk(0) if isinstance(lists, pa.ChunkedArray) else lists
+        lists = _joined(table["segment_lengths"])
         offsets = lists.offsets.to_numpy().astype(np.int64)
         lengths = lists.values.to_numpy(zero_copy_only=False).astype(np.int64)
         sums = np.diff(np.concatenate(([0], np.cumsum(lengths)))[offsets])
         pads = table["pad_count"].to_numpy().astype(np.int64)
         last = lengths[offsets[1:] - 1]
         if bool((lengths <= 0).any() or (sums != S).any() or ((pads > 0) & (pads != last)).any()):
-            raise ModelError(f"{path} holds segment lengths that do not add up to {S}; pack again.")
-        return _RowGroup(tokens, offsets, lengths, pads)
+            raise ModelError(f"{shown} holds segment lengths that do not add up to {S}; pack again.")
+        rows_R = rows_of_split(snapshot, number, table["split"], table["domain"])
+        return _RowGroup(rows_R.tolist(), tokens, offsets, lengths, pads, table["sequence_id"].to_pylist(), size)
+
+
+def _joined(column: pa.ChunkedArray) -> pa.Array:
+    joined = column.combine_chunks()
+    return joined.chunk(0) if isinstance(joined, pa.ChunkedArray) else joined
 
 
 def _view(chunk: pa.BinaryArray, S: int) -> npt.NDArray[np.uint32]:
@@ -168,18 +199,23 @@ def _segments(
 
 
 def in_order(snapshot: Snapshot, batch_size: int) -> Iterator[Batch]:
-    """One pass over a snapshot in canonical order, for evaluation; the last batch may be smaller."""
-    reader = SequenceReader(snapshot)
-    for start in range(0, snapshot.num_sequences, batch_size):
-        yield reader.batch(range(start, min(start + batch_size, snapshot.num_sequences)))
+    """One pass over a snapshot in canonical order, for evaluation; the last batch may be smaller.
+
+    Memory: as a loader's for a split that fits the window; of a larger one four row groups.
+    """
+    sizes = [snapshot.group_bytes(group) for group in range(len(snapshot.file_G))]
+    reader = SequenceReader(snapshot, sum(sizes) if snapshot.fits else 4 * max(sizes))
+    starts = range(0, snapshot.num_sequences, batch_size)
+    yield from reader.batches(np.arange(at, min(at + batch_size, snapshot.num_sequences)) for at in starts)
 
 
 class SequenceLoader:
     """Endless batches of this rank's part of each global batch; see the module's docstring for the order.
 
     global_batch_size: sequences over all ranks, a multiple of world_size. mixture: phases of weights; none: the domains
-    as they come. say: told where a domain of a mixture begins again. state_dict() after a batch was taken counts that
-    batch as consumed.
+    as they come. cache_bytes: of row groups held; none: what the order needs, see the module's docstring; with less,
+    row groups are read again and again. say: told where a domain of a mixture begins again. state_dict() after a batch
+    was taken counts that batch as consumed. Closing an iterator, or leaving it, ends its threads.
     """
 
     def __init__(
@@ -191,7 +227,7 @@ class SequenceLoader:
         seed: int = 0,
         *,
         mixture: Sequence[Phase] = (),
-        cache_bytes: int = CACHE_BYTES,
+        cache_bytes: int | None = None,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
         if global_batch_size < 1 or world_size < 1 or global_batch_size % world_size:
@@ -210,17 +246,42 @@ class SequenceLoader:
         self.samples_consumed = 0
         self.phases = tuple(mixture)
         self._say = say
-        self._reader = SequenceReader(snapshot, cache_bytes)
         self._order = Order(snapshot, seed, self.phases, global_batch_size)
+        self._taken = self._order.taken
+        self._reader = SequenceReader(snapshot, self._order.room(world_size) if cache_bytes is None else cache_bytes)
+
+    @property
+    def bytes_read(self) -> int:
+        """Of the table's files, by this rank, so far; what was read ahead is counted."""
+        return self._reader.bytes_read
 
     def __iter__(self) -> Iterator[Batch]:
-        mine = self.global_batch_size // self.world_size
         while True:
-            start = self.samples_consumed
-            samples = self._order.samples(start, start + self.global_batch_size, self._say)
-            batch = self._reader.batch(samples[self.rank * mine : (self.rank + 1) * mine])
-            self.samples_consumed = start + self.global_batch_size
-            yield batch
+            expected = self.samples_consumed
+            passed: deque[tuple[list[int], list[str]]] = deque()
+            batches = self._reader.batches(self._wanted(expected, passed))
+            try:
+                for batch in batches:
+                    self._taken, said = passed.popleft()
+                    expected += self.global_batch_size
+                    self.samples_consumed = expected
+                    for what in said:
+                        self._say(what)
+                    yield batch
+                    if self.samples_consumed != expected:  # a state was loaded
+                        break
+            finally:
+                batches.close()
+
+    def _wanted(self, start: int, passed: deque[tuple[list[int], list[str]]]) -> Iterator[Ints]:
+        """This rank's samples of each global batch from sample `start` on; passed: what is true once it is consumed."""
+        self._order.go_to(start, self._taken)
+        while True:
+            said: list[str] = []
+            samples = self._order.samples(start, start + self.global_batch_size, said.append)
+            start += self.global_batch_size
+            passed.append((self._order.taken, said))
+            yield samples[self.rank :: self.world_size]
 
     def fingerprint(self) -> dict[str, Any]:
         """What has to be the same for a saved position to mean anything here."""
@@ -230,18 +291,19 @@ class SequenceLoader:
             **{name: described[name] for name in names},
             "seed": self.seed,
             "global_batch_size": self.global_batch_size,
+            **({} if self.snapshot.fits else {"window": self.snapshot.window}),
             **({"mixture": [phase.model_dump() for phase in self.phases]} if self.phases else {}),
         }
 
     def state_dict(self) -> dict[str, Any]:
         """The position, as JSON values; the same on every rank."""
         state = {"samples_consumed": self.samples_consumed, **self.fingerprint()}
-        return state | {"domain_samples": self._order.taken} if self.phases else state
+        return state | {"domain_samples": self._taken} if self.phases else state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a saved position. One of other data, seed or batch size raises ModelError and names what differs."""
         mine = self.fingerprint()
-        names = [*mine, *(["mixture"] if "mixture" in state and "mixture" not in mine else [])]
+        names = [*mine, *(name for name in ("mixture", "window") if name in state and name not in mine)]
         different = [f"{k} {state.get(k)!r}, here {mine.get(k)!r}" for k in names if state.get(k) != mine.get(k)]
         consumed = state.get("samples_consumed")
         if not isinstance(consumed, int) or consumed < 0:
@@ -254,3 +316,4 @@ class SequenceLoader:
         self.samples_consumed = consumed
         # What the state counted is what the mixture counts, which takes a while after some billions of samples.
         self._order.go_to(consumed, state.get("domain_samples"))
+        self._taken = self._order.taken

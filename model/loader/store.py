@@ -6,14 +6,15 @@ which take credentials and endpoints from storage options and the environment by
 setting serves the Delta log and the files.
 
 A server's error, a cut connection, a short answer or a request to slow down is tried again, after waits that double
-from a quarter of a second to 16 (with jitter, Brooker 2015, "Exponential backoff and jitter"), about a minute in all
-beyond the clients' own attempts. Then it ends with exit code 75. A missing file and a denial end at once with 1.
+from a quarter of a second to 16 (with jitter, Brooker 2015, "Exponential backoff and jitter"), about a minute in all.
+Then it ends with exit code 75. A missing file and a denial end at once with 1.
 """
 
 from __future__ import annotations
 
 import os
 import random
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -41,6 +42,7 @@ _DENIED = (
     "ACCESS_DENIED", "AccessDenied", "INVALID_ACCESS_KEY_ID", "InvalidAccessKeyId", "SIGNATURE_DOES_NOT_MATCH",
     "SignatureDoesNotMatch", "INVALID_CLIENT_TOKEN_ID", "EXPIRED_TOKEN", "ExpiredToken", "PERMISSION_DENIED",
     "UNAUTHENTICATED", "AuthenticationFailed", "AuthorizationFailure", "401 Unauthorized", "403 Forbidden",
+    "lacked the necessary privileges", "lacked valid authentication",
 )  # fmt: skip
 _GONE = ("NO_SUCH_KEY", "NoSuchKey", "NO_SUCH_BUCKET", "NoSuchBucket", "RESOURCE_NOT_FOUND", "BlobNotFound", "404 Not")
 
@@ -183,15 +185,19 @@ class Store:
 
 
 def raise_if_lasting(what: str, error: BaseException) -> None:
-    """Raises ModelError (1) where the error is one that another try does not end."""
-    said = str(error)
-    if isinstance(error, FileNotFoundError) or any(word in said for word in _GONE):
+    """Raises ModelError (1) where the error, of one of the clients, is one that another try does not end."""
+    if isinstance(error, FileNotFoundError) or any(word in str(error) for word in _GONE):
         raise ModelError(
             f"{what} is gone (VACUUM removes old versions' files); train on a newer version or restore it."
         ) from error
-    if isinstance(error, PermissionError) or any(word in said for word in _DENIED):
+    raise_if_denied(what, error)
+
+
+def raise_if_denied(what: str, error: BaseException) -> None:
+    """Raises ModelError (1) where a store refuses to answer us."""
+    if isinstance(error, PermissionError) or any(word in str(error) for word in _DENIED):
         raise ModelError(
-            f"{what} may not be read ({first_line(error)}); give the right to read, or credentials."
+            f"{what} may not be read ({first_line(error)}); give the right to read it, or credentials that have it."
         ) from error
 
 
@@ -228,6 +234,8 @@ def open_filesystem(uri: str, options: Mapping[str, str]) -> tuple[fs.FileSystem
             region=region or (None if endpoint.netloc else fs.resolve_s3_region(path.partition("/")[0])),
             endpoint_override=endpoint.netloc or None,
             scheme=endpoint.scheme or "https",
+            # All that is tried again is tried here, bodies that are cut short as well.
+            retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=1),
             connect_timeout=10,
             request_timeout=30,
         ), path
@@ -286,5 +294,5 @@ def _keep(kept: OrderedDict[str, T], name: str, value: T) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """Of what an error says."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """Of what an error says, without an address's query, which may hold a signature."""
+    return re.sub(r"\?\S+", "?...", (str(error).splitlines() or [type(error).__name__])[0])

@@ -102,7 +102,7 @@ def test_ranks_share_each_global_batch_and_resume_anywhere(write_sequences: Writ
         for loader in loaders:
             loader.load_state_dict(json.loads(json.dumps(state)))
         parts = [next(iter(loader)).sequence_ids for loader in loaders]
-        assert list(itertools.chain(*parts)) == whole[step]
+        assert list(itertools.chain(*zip(*parts, strict=True))) == whole[step]
         assert len({json.dumps(loader.state_dict()) for loader in loaders}) == 1
         state = loaders[0].state_dict()
 

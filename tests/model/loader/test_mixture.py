@@ -89,7 +89,7 @@ def test_ranks_share_each_global_batch_and_resume_anywhere(write_sequences: Writ
                 del kept["domain_samples"]  # it is counted then
             loader.load_state_dict(kept)
         parts = [next(iter(loader)).sequence_ids for loader in loaders]
-        assert list(itertools.chain(*parts)) == whole[step]
+        assert list(itertools.chain(*zip(*parts, strict=True))) == whole[step]
         state = loaders[0].state_dict()
 
 
