@@ -36,13 +36,15 @@ from model.loader.loader import Batch, SequenceLoader
 from model.loader.snapshot import Snapshot, open_sequences
 
 TARGET = 2.0
+# It ends with the process that started it, however that ends: its standard input is closed then.
 SERVER = """
-import logging
+import logging, os, sys, threading
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
 server = make_server("127.0.0.1", 0, DomainDispatcherApplication(create_backend_app), threaded=True)
 logging.getLogger("werkzeug").setLevel(logging.ERROR)
 print(server.server_port, flush=True)
+threading.Thread(target=lambda: os._exit(bool(sys.stdin.read())), daemon=True).start()
 server.serve_forever()
 """
 BUCKET = "lake"
@@ -54,7 +56,9 @@ Fault = int | str | None
 @contextmanager
 def s3_server() -> Iterator[int]:
     """moto's server with an empty bucket; its port on localhost."""
-    with subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
         try:
             assert process.stdout is not None
             port = int(process.stdout.readline())

@@ -68,17 +68,22 @@ class Batch:
         )
 
 
+_TOKENS = ("tokens", "segment_lengths", "pad_count")
+
+
 @dataclass(frozen=True)
 class _RowGroup:
-    """tokens and segments of all rows of a row group, and which of them (rows_R) are the split's."""
+    """tokens and segments of all rows of a row group.
 
-    rows_R: list[int]
+    rows_R and sequence_ids: of a split beyond the window, the split's rows, and all rows' ids.
+    """
+
+    rows_R: list[int] | None
     tokens: npt.NDArray[np.uint32]  # [rows, S]
     segment_offsets: Ints  # [rows + 1], into segment_lengths
     segment_lengths: Ints
     pad: Ints  # [rows]
-    sequence_ids: list[str]
-    file_bytes: int  # that were read for it
+    sequence_ids: list[str] | None
 
 
 # A batch's canonical indices, and by row group their places in the batch and numbers in the row group.
@@ -95,8 +100,9 @@ class SequenceReader:
         self.snapshot = snapshot
         self.bytes_read = 0
         self._counting = threading.Lock()
-        threads = THREADS_LOCAL if snapshot.store.is_local else THREADS_REMOTE
-        self._groups = Readahead(self._load, snapshot.group_bytes, cache_bytes, threads)
+        remote = not snapshot.store.is_local
+        threads = THREADS_REMOTE if remote else THREADS_LOCAL
+        self._groups = Readahead(self._load, snapshot.group_bytes, cache_bytes, threads, at_once=remote)
 
     def batches(self, wanted: Iterable[Ints]) -> Generator[Batch]:
         """A batch for each array of canonical indices; wanted is looked at some hundred batches ahead.
@@ -131,11 +137,14 @@ class SequenceReader:
         for name, places in by_group.items():
             group = get(name)
             for out, number in places:
-                row = group.rows_R[number]
+                row = number if group.rows_R is None else group.rows_R[number]
                 tokens[out] = group.tokens[row]
                 lengths_b[out] = group.segment_lengths[group.segment_offsets[row] : group.segment_offsets[row + 1]]
                 padded[out] = group.pad[row] > 0
-                sequence_ids[out] = group.sequence_ids[row]
+                if group.sequence_ids is not None:
+                    sequence_ids[out] = group.sequence_ids[row]
+        if snapshot.by_id is not None:
+            sequence_ids = [name.decode() for name in snapshot.by_id.sequence_ids_N[indices].tolist()]
         segments, positions = _segments(lengths_b, padded, snapshot.sequence_length)
         mask = (segments >= 0) & (positions > 0)
         return Batch(
@@ -151,7 +160,8 @@ class SequenceReader:
         snapshot, S = self.snapshot, self.snapshot.sequence_length
         path = snapshot.paths[snapshot.file_G[number]]
         shown = snapshot.store.show(path)
-        table, size = snapshot.store.row_group(path, int(snapshot.row_group_G[number]), COLUMNS, stop)
+        columns = _TOKENS if snapshot.fits else COLUMNS
+        table, size = snapshot.store.row_group(path, int(snapshot.row_group_G[number]), columns, stop)
         with self._counting:
             self.bytes_read += size
         if any(table[c].null_count for c in table.column_names):
@@ -168,8 +178,11 @@ class SequenceReader:
         last = lengths[offsets[1:] - 1]
         if bool((lengths <= 0).any() or (sums != S).any() or ((pads > 0) & (pads != last)).any()):
             raise ModelError(f"{shown} holds segment lengths that do not add up to {S}; pack again.")
-        rows_R = rows_of_split(snapshot, number, table["split"], table["domain"])
-        return _RowGroup(rows_R.tolist(), tokens, offsets, lengths, pads, table["sequence_id"].to_pylist(), size)
+        rows_R = sequence_ids = None
+        if not snapshot.fits:
+            rows_R = rows_of_split(snapshot, number, table["split"], table["domain"]).tolist()
+            sequence_ids = table["sequence_id"].to_pylist()
+        return _RowGroup(rows_R, tokens, offsets, lengths, pads, sequence_ids)
 
 
 def _joined(column: pa.ChunkedArray) -> pa.Array:

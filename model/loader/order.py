@@ -193,9 +193,9 @@ class Order:
     def _pool(self, name: str, key: str, domain: int | None, window: int) -> Pool | WindowedPool:
         """Of a domain, or of all sequences."""
         snapshot = self._snapshot
-        if snapshot.domain_N is not None:
-            every = np.arange(snapshot.num_sequences) if domain is None else np.flatnonzero(snapshot.domain_N == domain)
-            return Pool(name, key, every)
+        if snapshot.by_id is not None:
+            of = snapshot.by_id.domain_N
+            return Pool(name, key, np.arange(len(of)) if domain is None else np.flatnonzero(of == domain))
         if domain is None:
             ends = np.append(snapshot.begin_G[1:], snapshot.num_sequences)
             return WindowedPool(name, key, snapshot.begin_G, ends - snapshot.begin_G, window)

@@ -1,8 +1,9 @@
 """Row groups loaded before they are needed, and kept as long as there is room.
 
 What is held: the row groups that are needed next, in the order of need, as many as there is room for, and those needed
-before, the latest ones longest, as long as nothing else wants their place. Threads load; what is loaded when has no
-influence on what is handed out, and an error in a thread is raised where its row group is needed.
+before, the latest ones longest, as long as nothing else wants their place. Threads load, and the caller itself what no
+thread has begun with when it is needed. What is loaded when has no influence on what is handed out, and an error in a
+thread is raised where its row group is needed.
 
 Memory: at most `room` bytes of row groups, or one row group where that is larger, and while a row group is loaded its
 bytes as they lie in the file (times THREADS_REMOTE for an object store, nothing for memory-mapped files).
@@ -24,7 +25,10 @@ Item = TypeVar("Item")
 
 
 class Readahead(Generic[Value]):
-    """load: makes row group number g, in a thread, until the event is set; nbytes: what it then takes, known before."""
+    """load: makes row group number g, in a thread, until the event is set; nbytes: what it then takes, known before.
+
+    at_once: whether threads load the first item's row groups as well, side by side; for a store that has latency.
+    """
 
     def __init__(
         self,
@@ -32,8 +36,9 @@ class Readahead(Generic[Value]):
         nbytes: Callable[[int], int],
         room: int,
         threads: int,
+        at_once: bool = True,
     ) -> None:
-        self._load, self._nbytes, self.room, self._threads = load, nbytes, room, threads
+        self._load, self._nbytes, self.room, self._threads, self._at_once = load, nbytes, room, threads, at_once
         self._held: dict[int, Future[Value]] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()  # held, and not needed by what was looked at
         self._needs: Counter[int] = Counter()
@@ -55,10 +60,17 @@ class Readahead(Generic[Value]):
             self._used += self._nbytes(group)
             self._held[group] = pool.submit(self._load, group, stop)
 
-        def advance() -> None:
-            while len(items) < HORIZON and (more := next(wanted, None)) is not None:
+        def hold(group: int) -> None:
+            self._used += self._nbytes(group)
+            self._held[group] = Future()
+
+        def look(horizon: int) -> None:
+            while len(items) < horizon and (more := next(wanted, None)) is not None:
                 items.append(more)
                 later.extend(more[1])
+
+        def advance() -> None:
+            look(HORIZON)
             while later and self._admit(later[0], submit):
                 ahead.append(later.popleft())
 
@@ -67,10 +79,16 @@ class Readahead(Generic[Value]):
                 expected = ahead.popleft()
             else:
                 expected = later.popleft()
-                self._admit(expected, submit, must=True)
+                self._admit(expected, hold, must=True)
             assert group == expected, "row groups are asked for in the order in which they were announced"
+            future = self._held[group]
             try:
-                return self._held[group].result()
+                if not future.cancel():
+                    return future.result()
+                value = self._load(group, stop)  # nobody has begun with it
+                self._held[group] = Future()
+                self._held[group].set_result(value)
+                return value
             except BaseException:
                 self._drop(group)
                 raise
@@ -80,11 +98,12 @@ class Readahead(Generic[Value]):
                     del self._needs[group]
                     if group in self._held:
                         self._idle[group] = None
-                while later and self._admit(later[0], submit):
-                    ahead.append(later.popleft())
 
         try:
-            advance()
+            if self._at_once:
+                advance()
+            else:
+                look(1)
             while items:
                 yield items.popleft()[0], get
                 advance()

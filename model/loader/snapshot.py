@@ -4,8 +4,8 @@ The Delta log is read with deltalake, the files with pyarrow: no Spark, no JVM, 
 could make a training silently wrong is refused here, before the first step: a table that needs a reader feature unknown
 to us, files that are gone or cut short, several editions and none named.
 
-What stays in memory grows with row groups, not with sequences: 24 bytes a row group and 24 for each domain in it, and
-12 bytes a sequence of a split that fits the shuffle's window. Tokens are the reader's (`loader.py`).
+What stays in memory grows with row groups, not with sequences: 32 bytes a row group and 24 for each domain in it, and
+76 bytes a sequence (its id and address) of a split that fits the shuffle's window. Tokens are for the reader to hold.
 """
 
 from __future__ import annotations
@@ -39,6 +39,16 @@ _ROW_BYTES = 256  # what a sequence's id, segments and addresses take beside its
 _OPENERS = 16  # files looked at at once
 
 Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ById:
+    """What is kept for each sequence where they are numbered by id: id, row group (0 to G-1), row there and domain."""
+
+    sequence_ids_N: npt.NDArray[np.bytes_]
+    group_N: npt.NDArray[np.int32]
+    row_N: npt.NDArray[np.int32]
+    domain_N: npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,25 +87,26 @@ class Snapshot:
     domain_C: npt.NDArray[np.int32] = field(repr=False, compare=False)  # index into domains
     begin_C: Ints = field(repr=False, compare=False)
     rows_C: Ints = field(repr=False, compare=False)  # of the split
-    # One entry a sequence, by canonical number, of a split that fits the window; else None.
-    stored_N: Ints | None = field(repr=False, compare=False)
-    domain_N: npt.NDArray[np.int32] | None = field(repr=False, compare=False)
+    # One entry a sequence of a split that fits the window, by canonical number; else None.
+    by_id: ById | None = field(repr=False, compare=False)
 
     @property
     def fits(self) -> bool:
         """Whether the whole split is shuffled together."""
-        return self.stored_N is not None
+        return self.by_id is not None
 
     def locate(self, canonical: Ints) -> tuple[Ints, Ints]:
-        """Of each sequence the row group (0 to G-1) and its number there, by domain and row of the split's."""
-        stored = canonical if self.stored_N is None else self.stored_N[canonical]
-        group = np.searchsorted(self.begin_G, stored, side="right") - 1
-        return group, stored - self.begin_G[group]
+        """Of each sequence the row group (0 to G-1), and which row it is there: of all rows where the split fits the
+        window, else of those of `rows_of_split`."""
+        if self.by_id is not None:
+            return self.by_id.group_N[canonical].astype(np.int64), self.by_id.row_N[canonical].astype(np.int64)
+        group = np.searchsorted(self.begin_G, canonical, side="right") - 1
+        return group, canonical - self.begin_G[group]
 
     def domain_numbers(self, canonical: Ints) -> npt.NDArray[np.int32]:
         """Of each sequence the index into domains."""
-        if self.domain_N is not None:
-            return self.domain_N[canonical]
+        if self.by_id is not None:
+            return self.by_id.domain_N[canonical]
         return self.domain_C[np.searchsorted(self.begin_C, canonical, side="right") - 1]
 
     def group_bytes(self, group: int) -> int:
@@ -187,8 +198,7 @@ def open_sequences(
         domain_C=domain_C.astype(np.int32),
         begin_C=np.cumsum(rows_C) - rows_C,
         rows_C=rows_C,
-        stored_N=None,
-        domain_N=None,
+        by_id=None,
     )
     return _by_id(snapshot) if num_sequences <= window else snapshot
 
@@ -209,27 +219,27 @@ def _by_id(snapshot: Snapshot) -> Snapshot:
     """The snapshot with its sequences numbered by sequence_id."""
     columns = ("sequence_id", "split", "domain")
 
-    def ids_of(group: int) -> list[str]:
+    def ids_and_rows(group: int) -> tuple[list[str], Ints]:
         path, number = snapshot.paths[snapshot.file_G[group]], int(snapshot.row_group_G[group])
         table, _ = snapshot.store.row_group(path, number, columns)
         _check_values(table, columns, snapshot.store.show(path))
-        found: list[str] = (
-            table["sequence_id"]
-            .take(pa.array(rows_of_split(snapshot, group, table["split"], table["domain"])))
-            .to_pylist()
-        )
-        return found
+        rows = rows_of_split(snapshot, group, table["split"], table["domain"])
+        return table["sequence_id"].take(pa.array(rows)).to_pylist(), rows
 
     with ThreadPoolExecutor(_OPENERS) as pool:
-        of_groups = list(pool.map(ids_of, range(len(snapshot.file_G))))
-    ids: npt.NDArray[np.bytes_] = np.asarray([name for names in of_groups for name in names], dtype=np.bytes_)
-    order = np.argsort(ids, kind="stable").astype(np.int64)
+        found = list(pool.map(ids_and_rows, range(len(snapshot.file_G))))
+    ids: npt.NDArray[np.bytes_] = np.asarray([name for names, _ in found for name in names], dtype=np.bytes_)
+    order = np.argsort(ids, kind="stable")
     ids = ids[order]
     if len(ids) > 1 and bool((ids[1:] == ids[:-1]).any()):
         raise ModelError(f"{snapshot.uri} at version {snapshot.version} holds a sequence_id twice; run pack again.")
-    content = hashlib.sha256(b"\n".join(ids.tolist())).hexdigest()
-    domain_N = np.repeat(snapshot.domain_C, snapshot.rows_C)[order]
-    return replace(snapshot, content=content, stored_N=order, domain_N=domain_N)
+    by_id = ById(
+        sequence_ids_N=ids,
+        group_N=np.repeat(snapshot.group_C, snapshot.rows_C)[order],
+        row_N=np.concatenate([rows for _, rows in found])[order].astype(np.int32),
+        domain_N=np.repeat(snapshot.domain_C, snapshot.rows_C).astype(np.int32)[order],
+    )
+    return replace(snapshot, content=hashlib.sha256(b"\n".join(ids.tolist())).hexdigest(), by_id=by_id)
 
 
 def _content_of_files(

@@ -115,10 +115,12 @@ class Store:
     ) -> tuple[pa.Table, int]:
         """Columns of a row group, and how many of the file's bytes were read for them."""
         footer = self.footer(path)
-        parts = [
-            (start, self.read(path, start, end - start, stop)) for start, end in self._ranges(footer, group, columns)
-        ]
-        source = _Parts(self.size(path), parts)
+        ranges = self._ranges(footer, group, columns)
+        if self.is_local:  # mapped: nothing is to be fetched first
+            source = self._again(path, lambda: self._file(path))
+        else:
+            parts = [(start, self.read(path, start, end - start, stop)) for start, end in ranges]
+            source = _Parts(self.size(path), parts)
         try:
             file = pq.ParquetFile(source, metadata=footer, pre_buffer=False)
             table = file.read_row_group(group, list(columns), use_threads=False)
@@ -126,7 +128,7 @@ class Store:
             raise ModelError(
                 f"{self.show(path)} cannot be read as Parquet ({first_line(error)}); restore it or pack again."
             ) from error
-        return table, sum(part.size for _, part in parts)
+        return table, sum(end - start for start, end in ranges)
 
     def _ranges(self, footer: pq.FileMetaData, group: int, columns: Sequence[str]) -> list[tuple[int, int]]:
         """Where the columns lie in the file, in order, near ones joined."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,35 @@ def test_absent_empty_and_vanished_tables_are_refused(write_sequences: WriteSequ
         open_sequences(lake)
 
 
+def test_a_version_whose_files_a_vacuum_removed_is_refused(write_sequences: WriteSequences) -> None:
+    lake = write_sequences()
+    write_sequences(seed=1, mode="overwrite")
+    pinned = open_sequences(lake, version=0)
+    table = DeltaTable(GOLD_SEQUENCES.uri(lake))
+    assert table.vacuum(retention_hours=0, enforce_retention_duration=False, dry_run=False)
+    with pytest.raises(ModelError, match="VACUUM removes old versions' files") as refused:
+        open_sequences(lake, version=0)
+    assert refused.value.exit_code == 1
+    with pytest.raises(ModelError, match="VACUUM"):
+        # Open files are memory-mapped and outlive the vacuum; another process's do not.
+        list(in_order(pickle.loads(pickle.dumps(pinned)), 4))
+    assert open_sequences(lake).num_sequences == 24
+
+
+def test_a_file_without_a_column_is_refused(write_sequences: WriteSequences) -> None:
+    lake = write_sequences()
+    file = Path(DeltaTable(GOLD_SEQUENCES.uri(lake)).file_uris()[0])
+    pq.write_table(pq.ParquetFile(file).read().drop_columns(["tokens"]), file)
+    log = Path(GOLD_SEQUENCES.uri(lake)) / "_delta_log" / f"{0:020}.json"
+    actions = [json.loads(line) for line in log.read_text().splitlines()]
+    for action in actions:
+        if "add" in action:
+            action["add"]["size"] = file.stat().st_size
+    log.write_text("\n".join(json.dumps(action) for action in actions))
+    with pytest.raises(ModelError, match="lacks the columns tokens"):
+        open_sequences(lake)
+
+
 def test_several_editions_need_a_name(write_sequences: WriteSequences) -> None:
     lake = write_sequences(length=32)
     write_sequences(length=16, mode="append")
@@ -152,8 +182,9 @@ def test_several_editions_need_a_name(write_sequences: WriteSequences) -> None:
     assert refused.value.exit_code == 2
     assert "sequence_length 16" in str(refused.value)
     assert open_sequences(lake, sequence_length=16).sequence_length == 16
-    with pytest.raises(ModelError, match="no such edition"):
+    with pytest.raises(ModelError, match="no such edition") as unknown:
         open_sequences(lake, tokenizer_id="00")
+    assert unknown.value.exit_code == 2
 
 
 @pytest.mark.parametrize(

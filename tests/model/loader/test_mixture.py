@@ -63,7 +63,7 @@ CURRICULUM = (Phase(steps=3, weights={"text": 1}), Phase(weights={"code": 3, "te
 
 def test_a_curriculum_by_phases_and_epochs_of_each_domain(write_sequences: WriteSequences) -> None:
     snapshot = open_sequences(write_sequences(count=20))
-    of_code = int((snapshot.domain_N == 0).sum())
+    of_code = int(snapshot.rows_C[snapshot.domain_C == 0].sum())
     said: list[str] = []
     batches = _take(SequenceLoader(snapshot, 8, seed=5, mixture=CURRICULUM, say=said.append), 20)
     assert {d for b in batches[:3] for d in b.domains} == {"text"}
