@@ -60,8 +60,9 @@ def main(args: list[str] | None = None) -> int:
     curves = {run["name"]: run["curve"] for run in report["runs"]}
     print(f"\n{'':<25}{'held out':>10}{'loss':>9}{'distance from float32':>24}{'tokens/s':>12}")
     for run in report["runs"]:
-        pairs = zip(run["curve"], curves["float32"], strict=False)
-        run["distance"] = sum(abs(a - b) for a, b in pairs) / len(run["curve"])
+        # float32 may have been cut short.
+        pairs = list(zip(run["curve"], curves["float32"], strict=False))
+        run["distance"] = sum(abs(a - b) for a, b in pairs) / len(pairs)
         print(
             f"{run['name']:<25}{run['held_out_loss']:>10.4f}{run['loss']:>9.4f}{run['distance']:>24.4f}"
             f"{run['tokens_per_second']:>12,.0f}{'  cut short' if run['cut'] else ''}"
