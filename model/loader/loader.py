@@ -228,7 +228,7 @@ class SequenceLoader:
     global_batch_size: sequences over all ranks, a multiple of world_size. mixture: phases of weights; none: the domains
     as they come. cache_bytes: of row groups held; none: what the order needs, see the module's docstring; with less,
     row groups are read again and again. say: told where a domain of a mixture begins again. state_dict() after a batch
-    was taken counts that batch as consumed. Closing an iterator, or leaving it, ends its threads.
+    was taken counts that batch as consumed. One iterator at a time; closing or leaving it ends its threads.
     """
 
     def __init__(
