@@ -268,7 +268,7 @@ class SequenceLoader:
         """Of the table's files, by this rank, so far; what was read ahead is counted."""
         return self._reader.bytes_read
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         while True:
             expected = self.samples_consumed
             passed: deque[tuple[list[int], list[str]]] = deque()

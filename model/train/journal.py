@@ -97,3 +97,5 @@ class Journal:
                 line = json.loads(text)
                 if line["step"] > after and (until is None or line["step"] <= until):
                     yield line
+                if line["step"] == until:
+                    return  # what follows may be half written: the training goes on meanwhile

@@ -156,6 +156,7 @@ def _run(
         tokens_a_step = config.global_batch_size * snapshot.sequence_length
         speed = Speed(model.config, snapshot.sequence_length, world)
         batches = iter(loader)
+        background.callback(batches.close)
         while position.step < config.steps:
             started = time.perf_counter()
             batch = to_device(next(batches), world.device)
