@@ -40,6 +40,8 @@ def _torchrun(processes: int, lake: str, config: TrainConfig) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    # The processes save before they end, which may take longer than the half minute that they are given.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3600")
     # What it has to say the processes have said.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     # One thread a core in all: every process would take all of them.
@@ -60,8 +62,10 @@ def _torchrun(processes: int, lake: str, config: TrainConfig) -> int:
         try:
             elastic_launch(how, sys.executable)("-m", "jobs.train", "--lake", lake, "--config", str(file))
         except ChildFailedError as error:
-            code = error.get_first_failure()[1].exitcode
-            return code if code > 0 else TRY_AGAIN  # a signal's number is negative
+            # Where one fails alone, others fail for want of it in the same moment; a signal's number is negative.
+            codes = {failure.exitcode for failure in error.failures.values()}
+            first = error.get_first_failure()[1].exitcode
+            return TRY_AGAIN if TRY_AGAIN in codes or first <= 0 else first
         except SignalException:
             return TRY_AGAIN
     return 0

@@ -12,11 +12,13 @@ import importlib
 import importlib.metadata
 import os
 import sys
+import time
 import traceback
 
 from jobs.catalog import JOBS
 
 OK, FAILED, USAGE, TRY_AGAIN = 0, 1, 2, 75
+PATIENCE = 15  # seconds
 # Another try helps when the machine, not the input, was at fault.
 _TRY_AGAIN_ERRNOS = {
     errno.ENOSPC,
@@ -64,6 +66,8 @@ def main(argv: list[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         if getattr(error, "told_by_main", False):  # by a training's first process, for all
+            # Where one process ends, torchrun ends the others: the first one has something to say before.
+            time.sleep(PATIENCE)
             return explain(error, name)[1]
         return _say(*explain(error, name))
 

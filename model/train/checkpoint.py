@@ -111,12 +111,12 @@ class CheckpointWriter:
             self._thread = None
         if self._failure is not None:
             failure, self._failure = self._failure, None
-            raise failure
+            raise self.world.everywhere(failure) if isinstance(failure, ModelError) else failure
         return self._folder
 
     def settle(self) -> None:
         """End the writing where a training ends by another error, which is the one that is told."""
-        with contextlib.suppress(ModelError):
+        with contextlib.suppress(Exception):
             self.wait()
 
     def _write(
@@ -144,12 +144,18 @@ class CheckpointWriter:
             for name in names:
                 _flush(temporary / name)
                 files[str(name)] = {"bytes": (temporary / name).stat().st_size, "sha256": _sha256(temporary / name)}
+            _flush(temporary / OPTIMIZER)
+            shards = sum(name.parent.name == OPTIMIZER for name in names)
+            if shards != self.world.size:
+                raise OSError(f"{shards} of {self.world.size} processes' files are there: it must be a shared folder")
             write_json(temporary / MANIFEST, {**manifest, "format": 2, "step": step, "files": files})
             if final.exists():  # one that could not be read when this run resumed from an older one
                 shutil.rmtree(final)
             os.replace(temporary, final)
             _flush(self.root)
-            for old in _folders(self.root)[self.keep :]:
+            # Later ones could not be read when this run began from an earlier one: their steps come again.
+            kept = [folder for folder in _folders(self.root) if folder.name <= final.name]
+            for old in set(_folders(self.root)) - set(kept[: self.keep]):
                 shutil.rmtree(old, ignore_errors=True)
 
         self._together(final, finish)

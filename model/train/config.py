@@ -91,11 +91,17 @@ class TrainConfig(BaseModel):
     def identity(self) -> dict[str, Any]:
         """The fields that the weights depend on. The others may change between restarts."""
         free = {"name", "output", "experiment", "device", "checkpoint_every", "keep_checkpoints", "log_every"}
-        free |= {"expert_parallel", "activation_checkpointing", "compile"}
-        # Trainings from before there were these fields go on.
-        later = ("mixture", "moments", "z_loss_weight", "bad_batch", "spike")
-        free |= {name for name in later if getattr(self, name) == type(self).model_fields[name].default}
+        # They change rounding at most, and what fits a GPU is found out by trying.
+        free |= {"expert_parallel", "activation_checkpointing", "compile", "loss_chunk"}
+        # What is done about a bad batch is decided when there is one.
+        free |= {"bad_batch", "spike"}
         return self.model_dump(mode="json", exclude=free)
+
+    @classmethod
+    def identity_of(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        """The identity that a record was written with; fields which came later have their defaults."""
+        known = {name: value for name, value in settings.items() if name in cls.model_fields}
+        return cls(**known).identity()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,7 +34,7 @@ def read(
     index = torch.tensor([domains.index(d) for d in batch.domains], device=device)
     mine = index[None, :] == torch.arange(len(domains), device=device)[:, None]
     sums = torch.stack((
-        (mine * figures.row_loss).sum(dim=1).double(),
+        figures.row_loss.where(mine, 0.0).sum(dim=1).double(),
         (mine * row_targets).sum(dim=1).double(),
         torch.full((len(domains),), float(stop), device=device, dtype=torch.float64),
     ))  # fmt: skip

@@ -152,7 +152,8 @@ class AdamW(torch.optim.Optimizer):
                 assert gradient_scale is not None
                 adamw(
                     weights, gradients, averages, squares, [],
-                    [torch.tensor(float(self.steps - 1), device=w.device) for w in weights],
+                    # One each, because each is counted up; made on the device, because a copy would wait for it.
+                    list(torch.full((len(weights),), self.steps - 1.0, device=weights[0].device).unbind()),
                     foreach=False, capturable=False, differentiable=False, fused=True,
                     # It divides by this.
                     grad_scale=gradient_scale.reciprocal(), found_inf=None,

@@ -27,7 +27,7 @@ def plan(lake: str, config: TrainConfig, code_version: str | None) -> dict[str, 
     output = config.output_folder(lake)
     record = read_run(output)
     if record is not None:
-        _same(config.identity(), record["settings"], output)
+        _same(config.identity(), TrainConfig.identity_of(record["settings"]), output)
         if record.get("logged"):
             return record
     snapshot = open_data(lake, config, record)

@@ -100,13 +100,17 @@ class Tracking:
         told: SimpleQueue[int | None] = SimpleQueue()
 
         def work() -> None:
-            while (until := told.get()) is not None:
-                while not told.empty():  # only the newest counts
+            ended = False
+            while not ended and (until := told.get()) is not None:
+                while not ended and not told.empty():  # only the newest counts
                     newer = told.get()
-                    if newer is None:
-                        return
-                    until = newer
-                if trouble := self.send(journal, until):
+                    ended = newer is None
+                    until = until if newer is None else newer
+                try:
+                    trouble = self.send(journal, until)
+                except Exception as error:  # a thread that ends would say nothing more
+                    trouble = f"the metrics could not be sent ({error})"
+                if trouble:
                     say(f"train: {trouble}; the next checkpoint tries again")
 
         thread = threading.Thread(target=work, name="mlflow")

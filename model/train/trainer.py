@@ -40,6 +40,7 @@ from model.train.tracking import Tracking
 from model.train.world import World, join_world
 
 SPIKE_WINDOW = 100  # losses whose mean a spike is measured by
+MOST_REFUSED = 20  # bad batches one after the other that are skipped; then it is not the batches
 
 
 def train(lake: str, config: TrainConfig, *, code_version: str | None = None) -> TrainSummary:
@@ -67,7 +68,8 @@ def train(lake: str, config: TrainConfig, *, code_version: str | None = None) ->
                 result = _run(lake, config, record, output, world, tracking)
             except BaseException as error:
                 if tracking:
-                    tracking.end("KILLED" if getattr(error, "exit_code", None) == 75 else "FAILED")
+                    again = isinstance(error, KeyboardInterrupt) or getattr(error, "exit_code", None) == 75
+                    tracking.end("KILLED" if again else "FAILED")
                 raise
             record |= {"final": Path(result.checkpoint).name, "summary": asdict(result)}
         world.from_main(lambda: _finish(config, record, output, tracking) if tracking else None)
@@ -107,6 +109,7 @@ class _Position:
 
     step: int = 0
     updates: int = 0
+    refused: int = 0
     seconds: float = 0.0
     loss: float = math.nan
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=SPIKE_WINDOW))
@@ -165,9 +168,12 @@ def _run(
             rate = learning_rate(config, position.step)
             trouble = _trouble(config, line, position)
             if trouble:
-                _refuse(trouble, config, line, batch, position.step + 1, output, world, progress)
+                position.refused += 1
+                stop_now = config.bad_batch == "stop" or position.refused > MOST_REFUSED
+                _refuse(trouble, stop_now, line, batch, position.step + 1, output, world, progress)
                 optimizer.zero_grad()
             else:
+                position.refused = 0
                 set_learning_rate(optimizer, rate)
                 update(model, optimizer, figures, config)
                 position.updates += 1
@@ -181,7 +187,8 @@ def _run(
                 journal.append({"step": position.step, "time": int(time.time() * 1000), **line})
             progress.step(position.step, line)
             if position.step % config.checkpoint_every == 0 or position.step == config.steps or stopping:
-                journal.flush()
+                if world.main:
+                    journal.flush()
                 writer.save(
                     position.step,
                     model,
@@ -224,7 +231,7 @@ def _trouble(config: TrainConfig, line: dict[str, Any], position: _Position) -> 
 
 def _refuse(
     trouble: str,
-    config: TrainConfig,
+    stop: bool,
     line: dict[str, Any],
     batch: Batch,
     step: int,
@@ -234,15 +241,15 @@ def _refuse(
 ) -> None:
     """Write a bad batch's sequences down; stop, or say that the training goes on without its update."""
     ids = [i for part in world.gather(batch.sequence_ids) for i in part]
-    file = output / ("bad_batch.json" if config.bad_batch == "stop" else f"bad_batch-{step:06d}.json")
+    file = output / ("bad_batch.json" if stop else f"bad_batch-{step:06d}.json")
     figures = {name: str(line[name]) for name in ("loss", "gradient_norm")}  # NaN is no JSON
     if world.main:
         write_json(file, {"step": step, "sequence_ids": ids, **figures})
-    if config.bad_batch == "stop":
+    if stop:
         raise world.everywhere(
             ModelError(
                 f"{trouble} at step {step}; {file} names the batch's sequences. "
-                "Lower the learning rate, look at their documents, or go on without such batches by bad_batch skip."
+                "Look at their documents, run again with train.bad_batch skip, or train anew at a lower learning rate."
             )
         )
     progress.say(f"train: {trouble} at step {step}: skipped, {file.name} names the batch's sequences")

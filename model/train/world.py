@@ -24,6 +24,8 @@ from model.errors import ModelError
 T = TypeVar("T")
 # Rank 0 may read a large table's listing or ask a slow tracking server while the others wait.
 PATIENCE = timedelta(minutes=30)
+# While a checkpoint is written, ranks wait for the slowest disk, and for rank 0 to read it all once for its digests.
+PATIENCE_ASIDE = timedelta(hours=12)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +103,7 @@ def join_world(device: DeviceName) -> Iterator[World]:
         torch.cuda.set_device(picked)
     # gloo beside NCCL: objects and checkpoints go by the CPU.
     dist.init_process_group("cpu:gloo,cuda:nccl" if picked.type == "cuda" else "gloo", timeout=PATIENCE)
-    try:
-        aside = cast(ProcessGroup, dist.new_group(backend="gloo"))
-        yield World(device=picked, rank=dist.get_rank(), size=size, group=dist.group.WORLD, background=aside)
-    finally:
-        dist.destroy_process_group()
+    aside = cast(ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE_ASIDE))
+    yield World(device=picked, rank=dist.get_rank(), size=size, group=dist.group.WORLD, background=aside)
+    # Not after an error: NCCL would wait for peers that wait for this rank, where its end lets torchrun end them.
+    dist.destroy_process_group()
