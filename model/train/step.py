@@ -54,7 +54,7 @@ def compute_gradients(model: Transformer, optimizer: AdamW, batch: Batch, config
 
     batch: this rank's part of it, on the model's device. The loss is the mean over the targets of the whole batch,
     whatever the micro-batches and ranks; the router's losses are means over its tokens, the auxiliary one with the load
-    of each micro-batch over all ranks: with micro-batches it depends on how a step is cut, and so on the number of ranks.
+    of each micro-batch over all ranks: with micro-batches it depends on how a step is cut, and so on the ranks' number.
     """
     device, shape = model.device, model.config
     size = config.micro_batch_size or len(batch)
