@@ -481,3 +481,12 @@ def test_bad_batches_are_skipped_by_name_where_asked(
     found, _ = find_checkpoint(config.output_path / "checkpoints")
     assert found is not None
     assert found.state["position"]["updates"] == found.step - 2
+
+
+def test_no_setting_that_decides_the_weights_is_dropped_on_the_way(settings: Callable[..., Case]) -> None:
+    begun = settings(steps=4, z_loss_weight=1e-3, bad_batch="skip")
+    train(begun)
+    with pytest.raises(ModelError, match=r"z_loss_weight was 0.001 and is now 0.0"):
+        train(settings(steps=4))
+    # What is done about a bad batch, and what fits the machine, may change.
+    assert train(settings(steps=4, z_loss_weight=1e-3, spike=5.0, loss_chunk=16)).step == 4
