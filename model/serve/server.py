@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from model.device import pick_device
 from model.errors import ModelError
+from model.network.generate import SamplingConfig, generate
 from model.registry.load import find, load
 from model.serve.config import ServeConfig
 from model.serve.protocol import ApiError
@@ -130,6 +131,8 @@ def open_server(uri: str, *, lake: str, config: ServeConfig | None = None) -> Se
         version = find(uri, lake=lake)
         # By its number: the alias may move between the two calls.
         loaded = load(f"models:/{version.name}/{version.version}", lake=lake, device=device)
+        # The first token imports and compiles for seconds, which no request shall wait for.
+        list(generate(loaded.transformer, loaded.tokenizer, "", SamplingConfig(max_tokens=1)))
     except BaseException:
         listener.close()
         raise
