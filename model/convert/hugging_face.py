@@ -25,6 +25,7 @@ from model.convert.layouts import Layout, choose_layout, vllm_differs
 from model.convert.shards import LazyTensors, Progress, shape_of, shard_files, write_shards
 from model.convert.tensors import Published, published, shapes
 from model.errors import ModelError
+from model.files import TEMPORARY, flush
 from model.network.generate import end_of_text_id, load_tokenizer
 from model.network.transformer import Transformer
 from pipelines.tables import END_OF_TEXT, PAD, SPECIAL_TOKENS
@@ -33,7 +34,6 @@ CONFIG, GENERATION, TOKENIZER, TOKENIZER_CONFIG = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"
 )  # fmt: skip
 ORIGIN = "lakemoe.json"
-TEMPORARY = ".writing-"
 FORMAT = 1
 # What files of weights hold; anything else is quantised and needs more than a cast.
 _READ = ("F32", "BF16", "F16", "F64")
@@ -199,9 +199,9 @@ def _whole(folder: Path) -> Iterator[Path]:
         temporary.mkdir()
         yield temporary
         for file in temporary.iterdir():
-            _flush(file)
+            flush(file)
         os.replace(temporary, folder)
-        _flush(folder.parent)
+        flush(folder.parent)
     except OSError as error:
         raise ModelError(f"{folder} could not be written ({error}); make room or name another folder.", 75) from error
     finally:
@@ -221,11 +221,3 @@ def _name(dtype: torch.dtype) -> str:
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -24,13 +24,13 @@ from tokenizers import Tokenizer
 
 from model.errors import ModelError
 from model.evaluate.ngrams import baselines, targets
+from model.files import write_json
 from model.loader.loader import in_order
 from model.loader.snapshot import Snapshot, open_sequences
 from model.network.generate import load_tokenizer
 from model.network.transformer import Transformer
 from model.registry.load import MANIFEST, WEIGHTS, open_weights
 from model.registry.store import lake_folder
-from model.train.checkpoint import write_json
 from model.train.loss import token_losses
 from pipelines.tables import SPECIAL_TOKENS, tokenizer_uri
 

@@ -19,6 +19,7 @@ from torch.distributed import ProcessGroup, _functional_collectives
 
 from kernels.moe import dropless_moe
 from kernels.routing import route
+from model.network.distributed import local_part
 
 
 @torch.compiler.disable
@@ -37,7 +38,7 @@ def expert_parallel_moe(
     w1, v1, w2: this rank's experts, [E / P, F, D] each, plain or the local part of distributed tensors; rank p holds
     the experts p * E / P to (p + 1) * E / P - 1.
     """
-    w1, v1, w2 = (w.to_local() if hasattr(w, "to_local") else w for w in (w1, v1, w2))
+    w1, v1, w2 = map(local_part, (w1, v1, w2))
     ranks = group.size()
     here = w1.shape[0]
     T, K = expert_index_TK.shape

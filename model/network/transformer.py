@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from model.config import ModelConfig
 from model.network.attention import Attention, attention_mask, rotary_angles
 from model.network.cache import KVCache
+from model.network.distributed import assign
 from model.network.moe import MoE
 from model.network.norm import Norm
 from model.network.router import RouterSums
@@ -42,18 +43,6 @@ class Output(NamedTuple):
 def computes(name: str, parameter: Tensor) -> bool:
     """Whether a parameter is cast to the dtype of the products: matrices, but for the routers' (ST-MoE, section 4)."""
     return parameter.dim() > 1 and not name.endswith("router.weight")
-
-
-def assign(parameter: Tensor, whole: Tensor) -> None:
-    """Copy a whole tensor into a parameter, or into this rank's part of a distributed one."""
-    if hasattr(parameter, "device_mesh"):
-        from torch.distributed.tensor import DTensor, distribute_tensor  # seconds that one process need not wait
-
-        assert isinstance(parameter, DTensor)
-        part = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.to_local().copy_(part.to_local())
-    else:
-        parameter.copy_(whole)
 
 
 class Block(nn.Module):

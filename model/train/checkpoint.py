@@ -29,13 +29,15 @@ from torch import distributed as dist
 
 from model.config import ModelConfig, dump_config
 from model.errors import ModelError
-from model.network.transformer import Transformer, assign
-from model.train.optimizer import AdamW, local_part
+from model.files import TEMPORARY, flush, write_json
+from model.network.distributed import assign, local_part
+from model.network.transformer import Transformer
+from model.train.optimizer import AdamW
 from model.train.world import World
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer", "training_state.json"
 CONFIG, MANIFEST = "config.yaml", "manifest.json"
-PREFIX, TEMPORARY = "step-", ".writing-"
+PREFIX = "step-"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -51,15 +53,6 @@ class Checkpoint:
     def step(self) -> int:
         """Optimizer steps done."""
         return int(self.manifest["step"])
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file in one step: a reader, or a restart after a kill, sees the old one or the new one."""
-    temporary = path.with_name(TEMPORARY + path.name)
-    temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    _flush(temporary)
-    os.replace(temporary, path)
-    _flush(path.parent)
 
 
 class CheckpointWriter:
@@ -142,9 +135,9 @@ class CheckpointWriter:
             names = [p.relative_to(temporary) for p in sorted(temporary.rglob("*")) if p.is_file()]
             files = {}
             for name in names:
-                _flush(temporary / name)
+                flush(temporary / name)
                 files[str(name)] = {"bytes": (temporary / name).stat().st_size, "sha256": _sha256(temporary / name)}
-            _flush(temporary / OPTIMIZER)
+            flush(temporary / OPTIMIZER)
             shards = sum(name.parent.name == OPTIMIZER for name in names)
             if shards != self.world.size:
                 raise OSError(f"{shards} of {self.world.size} processes' files are there: it must be a shared folder")
@@ -152,9 +145,9 @@ class CheckpointWriter:
             if final.exists():  # one that could not be read when this run resumed from an older one
                 shutil.rmtree(final)
             os.replace(temporary, final)
-            _flush(self.root)
+            flush(self.root)
             # Later ones could not be read when this run began from an earlier one: their steps come again.
-            kept = [folder for folder in _folders(self.root) if folder.name <= final.name]
+            kept = [folder for folder in _folders(self.root) if _step(folder) <= step]
             for old in set(_folders(self.root)) - set(kept[: self.keep]):
                 shutil.rmtree(old, ignore_errors=True)
 
@@ -225,7 +218,10 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 @torch.no_grad()
 def restore(checkpoint: Checkpoint, model: Transformer, optimizer: AdamW, world: World) -> None:
-    """Weights, moments and random state as they were. Errors: ModelError where the files do not fit the model."""
+    """Weights, moments and random state as they were. Errors: ModelError where the files do not fit the model.
+
+    The optimizer's count of updates is in the state that the caller kept.
+    """
     if checkpoint.manifest.get("format") != 2:
         raise ModelError(
             f"{checkpoint.folder} was written by an earlier lakemoe, whose trainings cannot be gone on with; "
@@ -242,15 +238,13 @@ def restore(checkpoint: Checkpoint, model: Transformer, optimizer: AdamW, world:
         for name, buffer in model.named_buffers():
             buffer.copy_(weights.get_tensor(name))
     parts = _parts(model, optimizer, world, copy=False)
-    kept = {name: part for name, part in parts.items() if not name.startswith("random/")}
     reader = HuggingFaceStorageReader(str(checkpoint.folder / OPTIMIZER))
     known = reader.read_metadata().state_dict_metadata
     # A world of more ranks begins the random states that no rank had.
-    kept |= {name: part for name, part in parts.items() if name.startswith("random/") and name in known}
+    kept = {name: part for name, part in parts.items() if not name.startswith("random/") or name in known}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a world of one
         load(kept, storage_reader=reader, process_group=world.group, no_dist=world.group is None)
-    optimizer.steps = checkpoint.step
     for name, part in kept.items():
         if name.startswith("random/cpu"):
             torch.set_rng_state(part.cpu())
@@ -304,17 +298,13 @@ def _like(parameter: Tensor, local: Tensor) -> Tensor:
 def _folders(root: Path) -> list[Path]:
     """Checkpoints by step, the newest first."""
     folders = [f for f in root.glob(f"{PREFIX}*") if f.name.removeprefix(PREFIX).isdigit()]
-    return sorted(folders, key=lambda f: int(f.name.removeprefix(PREFIX)), reverse=True)
+    return sorted(folders, key=_step, reverse=True)
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix(PREFIX))
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from model.errors import ModelError
-from model.train.checkpoint import write_json
+from model.files import write_json
 
 RUN = "run.json"
 

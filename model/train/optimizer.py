@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 from torch.optim.adamw import adamw
 
 from kernels.adamw import adamw_step, join_float32, split_float32
+from model.network.distributed import local_part
 from model.train.config import TrainConfig
 
 
@@ -125,6 +126,8 @@ class AdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None, *, gradient_scale: Tensor | None = None) -> None:  # type: ignore[override]
         """One update; gradients are multiplied by ``gradient_scale`` (float32 scalar), which the host need not know."""
+        if gradient_scale is None:
+            gradient_scale = torch.ones((), device=next(self.parameters()).device)
         self.steps += 1
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
@@ -132,15 +135,10 @@ class AdamW(torch.optim.Optimizer):
             common["weight_decay"] = group["weight_decay"]
             whole: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
             for parameter in group["params"]:
-                weight, gradient = local_part(parameter), self.gradient(parameter)
-                if gradient is None:
+                weight, gradient, state = local_part(parameter), self.gradient(parameter), self.state[parameter]
+                if gradient is None or not weight.numel():
                     continue
-                state = self.state[parameter]
-                if gradient_scale is None:
-                    gradient_scale = torch.ones((), device=weight.device)
                 moments = state["exp_avg"], state["exp_avg_sq"]
-                if not weight.numel():
-                    continue
                 if "remainder" in state:
                     adamw_step(
                         weight, state["remainder"], *moments, gradient, gradient_scale, step=self.steps, **common
@@ -149,7 +147,6 @@ class AdamW(torch.optim.Optimizer):
                     whole.append((weight, gradient, *moments))
             if whole:
                 weights, gradients, averages, squares = (list(column) for column in zip(*whole, strict=True))
-                assert gradient_scale is not None
                 adamw(
                     weights, gradients, averages, squares, [],
                     # One each, because each is counted up; made on the device, because a copy would wait for it.
@@ -159,12 +156,6 @@ class AdamW(torch.optim.Optimizer):
                     grad_scale=gradient_scale.reciprocal(), found_inf=None,
                     has_complex=False, amsgrad=False, maximize=False, **common,
                 )  # fmt: skip
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """Of a distributed tensor this rank's part, sharing its memory; another tensor itself."""
-    to_local = getattr(tensor, "to_local", None)
-    return tensor if to_local is None else to_local()
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> AdamW:

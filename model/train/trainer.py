@@ -25,9 +25,10 @@ import torch
 
 from model.config import ModelConfig
 from model.errors import ModelError
+from model.files import write_json
 from model.loader.loader import Batch, SequenceLoader
 from model.network.transformer import Transformer
-from model.train.checkpoint import CheckpointWriter, find_checkpoint, restore, write_json
+from model.train.checkpoint import CheckpointWriter, find_checkpoint, restore
 from model.train.config import TrainConfig, TrainSummary
 from model.train.journal import Journal, only_one, write_run
 from model.train.metrics import Speed, not_finite, read
