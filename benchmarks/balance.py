@@ -26,7 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.gpu import machine, write
-from benchmarks.small_training import Plan, arguments, contestants, picture, prepare, smoothed, tail, train
+from benchmarks.small_training import arguments, contestants, picture, plan_of, prepare, shares, smoothed, tail, train
 from model.config import ModelConfig
 from model.network.transformer import Transformer
 
@@ -95,25 +95,15 @@ def main(args: list[str] | None = None) -> int:
         print(draw(json.loads(asked.draw.read_text(encoding="utf-8")), asked.draw.with_suffix(".png")))
         return 0
     names = contestants(asked, tuple(METHODS))
-    plan = Plan(
-        steps=min(asked.steps, 20) if asked.tiny else asked.steps,
-        sequences=4 if asked.tiny else 32,
-        length=64 if asked.tiny else 1024,
-        learning_rate=3e-3 if asked.tiny else 1e-3,
-        evaluations=4 if asked.tiny else 10,
-        held_out_sequences=8 if asked.tiny else 256,
-        seed=asked.seed,
-        compiled=asked.device == "cuda" and not asked.no_compile,
-    )
+    plan = plan_of(asked, learning_rate=1e-3, evaluations=10)
     data = prepare(asked, plan)
     shape = {**(TINY if asked.tiny else SHAPE), "vocab_size": data.vocabulary}
     report: dict[str, Any] = {
         "machine": machine(data.device), "plan": plan._asdict(), "shape": shape, "methods": METHODS,
         "epochs": data.epochs, "runs": [],
     }  # fmt: skip
-    for number, name in enumerate(names):
-        left = asked.seconds - (time.perf_counter() - began)
-        run, _ = train(name, partial(model_of, name, shape, data.device), data, left / (len(names) - number))
+    for name, seconds in shares(names, began + asked.seconds):
+        run, _ = train(name, partial(model_of, name, shape, data.device), data, seconds)
         report["runs"].append(run)
         path = write(asked.out, "balance", report)
     print(f"\n{table(report['runs'])}\n\n{path}", flush=True)

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.capacity import CapacityMoE, Dense, capacity_of
 from benchmarks.gpu import machine, write
-from benchmarks.small_training import Plan, arguments, contestants, picture, prepare, smoothed, train
+from benchmarks.small_training import arguments, contestants, picture, plan_of, prepare, shares, smoothed, train
 from model.config import ModelConfig
 from model.network.transformer import Transformer
 
@@ -135,25 +135,15 @@ def main(args: list[str] | None = None) -> int:
         print(draw(json.loads(asked.draw.read_text(encoding="utf-8")), asked.draw.with_suffix(".png")))
         return 0
     names = contestants(asked, CONTESTANTS)
-    plan = Plan(
-        steps=min(asked.steps, 20) if asked.tiny else asked.steps,
-        sequences=4 if asked.tiny else 32,
-        length=64 if asked.tiny else 1024,
-        learning_rate=3e-3 if asked.tiny else 6e-4,
-        evaluations=4 if asked.tiny else 15,
-        held_out_sequences=8 if asked.tiny else 256,
-        seed=asked.seed,
-        compiled=asked.device == "cuda" and not asked.no_compile,
-    )
+    plan = plan_of(asked, learning_rate=6e-4, evaluations=15)
     data = prepare(asked, plan)
     shape = {**(TINY if asked.tiny else SHAPE), "vocab_size": data.vocabulary}
     report: dict[str, Any] = {
         "machine": machine(data.device), "plan": plan._asdict(), "shape": shape, "epochs": data.epochs, "runs": [],
     }  # fmt: skip
     runs = report["runs"]
-    for number, name in enumerate(names):
-        left = asked.seconds - (time.perf_counter() - began)
-        run, assignments = train(name, partial(model_of, name, shape, data.device), data, left / (len(names) - number))
+    for name, seconds in shares(names, began + asked.seconds):
+        run, assignments = train(name, partial(model_of, name, shape, data.device), data, seconds)
         a_step = plan.sequences * plan.length
         run["dropped"] = (
             dropped(assignments, FACTORS[name], a_step, shape["experts_chosen"]) if name in FACTORS else 0.0

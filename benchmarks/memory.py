@@ -22,7 +22,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -31,6 +31,9 @@ from model.config import ModelConfig, load_preset
 from model.train.estimate import Estimate, estimate
 from model.train.machine import GIB, MACHINES
 from model.train.memory import TrainShape, moments
+
+if TYPE_CHECKING:
+    from model.loader.loader import Batch
 
 SEQUENCE, TOKENS = 4096, 16384
 SHAPES = {
@@ -66,7 +69,7 @@ def measure(config: ModelConfig, how: TrainShape) -> dict[str, int]:
     from model.train.config import TrainConfig
     from model.train.optimizer import build_optimizer
     from model.train.parallel import build
-    from model.train.step import compute_gradients, update
+    from model.train.step import compute_gradients, to_device, update
     from model.train.world import join_world
 
     settings = TrainConfig(
@@ -82,15 +85,14 @@ def measure(config: ModelConfig, how: TrainShape) -> dict[str, int]:
         with mock.patch.object(Transformer, "initialize", draw_on_device):
             model = build(settings, bare, world)
         optimizer = build_optimizer(model.parameters(), settings)
-        data = batch(config, how.micro_batch_size * how.accumulation, how.sequence_length, 4)
-        for name in ("tokens", "positions", "segment_ids", "loss_mask"):
-            object.__setattr__(data, name, getattr(data, name).to(world.device))
+        tokens = batch(config, how.micro_batch_size * how.accumulation, how.sequence_length, 4)
+        data = to_device(cast("Batch", tokens), world.device)
         for number in range(3):
             if number == 1:
                 torch.cuda.synchronize()
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
-            figures = compute_gradients(model, optimizer, data, settings, world)  # type: ignore[arg-type]
+            figures = compute_gradients(model, optimizer, data, settings, world)
             update(model, optimizer, figures, settings)
         torch.cuda.synchronize()
         allocated = max(world.gather(torch.cuda.max_memory_allocated()))

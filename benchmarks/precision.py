@@ -23,39 +23,35 @@ import torch
 
 from benchmarks.balance import SHAPE, TINY, model_of
 from benchmarks.gpu import machine, write
-from benchmarks.small_training import Plan, arguments, prepare, train
+from benchmarks.small_training import arguments, contestants, plan_of, prepare, shares, train
 
-CONTESTANTS: dict[str, dict[str, Any]] = {
-    "float32": {"dtype": torch.float32},
-    "bfloat16": {},
-    "bfloat16, moments too": {"moments": "bfloat16"},
-    "float32, other weights": {"dtype": torch.float32, "seed": 1},
-    "bfloat16, other weights": {"seed": 1},
+# Which initial weights, and the precision.
+CONTESTANTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "float32": (0, {"dtype": torch.float32}),
+    "bfloat16": (0, {}),
+    "bfloat16, moments too": (0, {"moments": "bfloat16"}),
+    "float32, other weights": (1, {"dtype": torch.float32}),
+    "bfloat16, other weights": (1, {}),
 }
 
 
 def main(args: list[str] | None = None) -> int:
     began = time.perf_counter()
     asked = arguments(__doc__, steps=250, seconds=300).parse_args(args)
-    plan = Plan(
-        steps=min(asked.steps, 10) if asked.tiny else asked.steps,
-        sequences=4 if asked.tiny else 32,
-        length=64 if asked.tiny else 1024,
-        learning_rate=1e-3,
-        evaluations=2 if asked.tiny else 5,
-        held_out_sequences=8 if asked.tiny else 256,
-        seed=0,
-        compiled=asked.device == "cuda" and not asked.no_compile,
-    )
+    if asked.draw:
+        raise SystemExit("There is no picture of precisions; leave out --draw.")
+    names = contestants(asked, tuple(CONTESTANTS))
+    if names[0] != "float32":
+        raise SystemExit("All are held to float32; name it, too.")
+    plan = plan_of(asked, learning_rate=1e-3, evaluations=5)
     data = prepare(asked, plan)
     shape = {**(TINY if asked.tiny else SHAPE), "vocab_size": data.vocabulary}
     report: dict[str, Any] = {"machine": machine(data.device), "plan": plan._asdict(), "shape": shape, "runs": []}
-    for number, (name, how) in enumerate(CONTESTANTS.items()):
-        data.plan = plan._replace(seed=how.get("seed", 0))
-        left = (asked.seconds - (time.perf_counter() - began)) / (len(CONTESTANTS) - number)
-        build = partial(model_of, "auxiliary", shape, data.device)
-        precision = {key: value for key, value in how.items() if key != "seed"}
-        run, _ = train(name, build, data, left, **precision)
+    build = partial(model_of, "auxiliary", shape, data.device)
+    for name, seconds in shares(names, began + asked.seconds):
+        weights, precision = CONTESTANTS[name]
+        data.plan = plan._replace(seed=plan.seed + weights)
+        run, _ = train(name, build, data, seconds, **precision)
         report["runs"].append(run)
     curves = {run["name"]: run["curve"] for run in report["runs"]}
     print(f"\n{'':<25}{'held out':>10}{'loss':>9}{'distance from float32':>24}{'tokens/s':>12}")

@@ -14,7 +14,7 @@ import argparse
 import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -254,6 +254,26 @@ def arguments(description: str | None, *, steps: int, seconds: float) -> argpars
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the JSON file and the picture")
     parser.add_argument("--draw", type=Path, metavar="JSON", help="train nothing, draw this file's picture anew")
     return parser
+
+
+def plan_of(asked: argparse.Namespace, *, learning_rate: float, evaluations: int) -> Plan:
+    """What the flags say that all contestants share."""
+    return Plan(
+        steps=min(asked.steps, 20) if asked.tiny else asked.steps,
+        sequences=4 if asked.tiny else 32,
+        length=64 if asked.tiny else 1024,
+        learning_rate=3e-3 if asked.tiny else learning_rate,
+        evaluations=4 if asked.tiny else evaluations,
+        held_out_sequences=8 if asked.tiny else 256,
+        seed=asked.seed,
+        compiled=asked.device == "cuda" and not asked.no_compile,
+    )
+
+
+def shares(names: Sequence[str], until: float) -> Iterator[tuple[str, float]]:
+    """Each name with its part of the seconds that are left until a time of time.perf_counter when its turn comes."""
+    for number, name in enumerate(names):
+        yield name, (until - time.perf_counter()) / (len(names) - number)
 
 
 def prepare(asked: argparse.Namespace, plan: Plan) -> Data:

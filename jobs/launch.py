@@ -17,11 +17,11 @@ from typing import Literal
 import yaml
 
 from jobs import console
+from jobs.main import TRY_AGAIN
 from model.errors import ModelError
 from model.train.config import TrainConfig
 
 Launcher = Literal["torchrun", "spark"]
-TRY_AGAIN = 75
 
 
 def is_main() -> bool:

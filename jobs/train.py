@@ -21,7 +21,7 @@ from model.train.config import TrainConfig
 from model.train.estimate import estimate
 from model.train.machine import MACHINES, MachineName
 from model.train.memory import TrainShape
-from pipelines.tables import GOLD_SEQUENCES, tokenizer_uri
+from pipelines.tables import GOLD_SEQUENCES
 
 if TYPE_CHECKING:
     from model.train.config import TrainSummary
@@ -76,16 +76,13 @@ def run_training(lake: str, config: TrainConfig) -> TrainSummary:
 def planned(settings: Settings) -> tuple[ModelConfig, int, str]:
     """The model and the tokens a sequence that a dry run is about, and where they come from, in words."""
     config, lake = settings.train, settings.lake.removeprefix("file://")
-    model = load_preset(settings.model or config.preset, **config.overrides)
     if settings.model is None and (Path(GOLD_SEQUENCES.uri(lake)) / "_delta_log").is_dir():
-        from tokenizers import Tokenizer
+        from model.train.plan import model_config, open_data
 
-        from model.loader.snapshot import open_sequences
-
-        data = open_sequences(lake, config.sequences_version, "train", config.tokenizer_id, config.sequence_length)
-        vocabulary = Tokenizer.from_file(tokenizer_uri(lake, data.tokenizer_id)).get_vocab_size(with_added_tokens=True)
-        model = load_preset(config.preset, **{"vocab_size": vocabulary, **config.overrides})
-        return model, data.sequence_length, f"sequences of {data.sequence_length:,} tokens, as in {settings.lake}"
+        data = open_data(lake, config, None)
+        length = data.sequence_length
+        return model_config(lake, config, data), length, f"sequences of {length:,} tokens, as in {settings.lake}"
+    model = load_preset(settings.model or config.preset, **config.overrides)
     if config.sequence_length is not None:
         return model, config.sequence_length, f"sequences of {config.sequence_length:,} tokens, as set"
     length = min(SEQUENCE_LENGTH, model.max_seq_len)

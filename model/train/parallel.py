@@ -26,10 +26,9 @@ COMPUTE = torch.bfloat16  # what products run in on a GPU
 def build(config: TrainConfig, model: Transformer, world: World) -> Transformer:
     """A model made on the meta device, spread over the world, allocated and initialised from config.seed.
 
-    The initial weights are the same for every world, but that one GPU's are rounded to bfloat16. Errors: ModelError (2)
-    where the ranks do not fit the model.
+    The initial weights are the same for every world, but that one GPU's are rounded to bfloat16. ``check`` says before
+    whether the ranks fit the model.
     """
-    check(config, model.config.experts, world.size)
     model.recompute = config.activation_checkpointing == "block"
     if world.group is not None:
         _shard(model, config.expert_parallel, world)

@@ -18,8 +18,8 @@ from pipelines.tables import tokenizer_uri
 CHECKPOINTS = "checkpoints"
 
 
-def plan(lake: str, config: TrainConfig, code_version: str | None) -> dict[str, Any]:
-    """The training's record, run.json, which is written where there was none.
+def plan(lake: str, config: TrainConfig, code_version: str | None) -> tuple[dict[str, Any], Snapshot | None]:
+    """The training's record, run.json, which is written where there was none, and its data; none of one that is done.
 
     Errors: ModelError (2) where the settings are not those that the output began with, (1) where the data cannot be
     read.
@@ -29,26 +29,26 @@ def plan(lake: str, config: TrainConfig, code_version: str | None) -> dict[str, 
     if record is not None:
         _same(config.identity(), TrainConfig.identity_of(record["settings"]), output)
         if record.get("logged"):
-            return record
+            return record, None
     snapshot = open_data(lake, config, record)
-    model_config = _model_config(lake, config, snapshot)
+    shape = model_config(lake, config, snapshot).model_dump(mode="json")
     if record is not None:
         # Read as a configuration, so that fields which came later have their defaults.
         then = ModelConfig(**record["model"]).model_dump(mode="json")
-        _same(model_config.model_dump(mode="json"), then, output)
-        return record
+        _same(shape, then, output)
+        return record, snapshot
     record = {
         "training_id": uuid.uuid4().hex,
         "mlflow_run_id": None,
         "settings": config.identity(),
         "code_version": code_version,
-        "model": model_config.model_dump(mode="json"),
+        "model": shape,
         "data": snapshot.describe(),
         "final": None,
     }
     # Before the MLflow run is made: a kill in between leaves the id by which the run is found again.
     write_run(output, record)
-    return record
+    return record, snapshot
 
 
 def finished(output: Path) -> TrainSummary:
@@ -90,7 +90,7 @@ def parameters(record: dict[str, Any]) -> dict[str, Any]:
     return {**settings, **shape, **counts}
 
 
-def _model_config(lake: str, config: TrainConfig, snapshot: Snapshot) -> ModelConfig:
+def model_config(lake: str, config: TrainConfig, snapshot: Snapshot) -> ModelConfig:
     """The preset with its overrides and the vocabulary of the tokenizer that the data was made with."""
     file = tokenizer_uri(lake.removeprefix("file://"), snapshot.tokenizer_id)
     try:
@@ -98,18 +98,16 @@ def _model_config(lake: str, config: TrainConfig, snapshot: Snapshot) -> ModelCo
     except Exception as error:  # tokenizers raises Exception itself
         raise ModelError(f"The tokenizer {file} cannot be read ({error}); restore it or tokenize again.") from error
     overrides = {"vocab_size": vocabulary, **config.overrides}
-    model_config = load_preset(config.preset, **overrides)
-    if model_config.vocab_size < vocabulary:
+    model = load_preset(config.preset, **overrides)
+    if model.vocab_size < vocabulary:
+        raise ModelError(f"vocab_size {model.vocab_size} is less than the tokenizer's {vocabulary}; leave it out.", 2)
+    if model.max_seq_len < snapshot.sequence_length:
         raise ModelError(
-            f"vocab_size {model_config.vocab_size} is less than the tokenizer's {vocabulary}; leave it out.", 2
-        )
-    if model_config.max_seq_len < snapshot.sequence_length:
-        raise ModelError(
-            f"The data's sequences have {snapshot.sequence_length} tokens, the model takes {model_config.max_seq_len}; "
+            f"The data's sequences have {snapshot.sequence_length} tokens, the model takes {model.max_seq_len}; "
             "override max_seq_len or pack shorter sequences.",
             2,
         )
-    return model_config
+    return model
 
 
 def _same(now: dict[str, Any], then: dict[str, Any], output: Path) -> None:

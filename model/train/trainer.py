@@ -27,6 +27,7 @@ from model.config import ModelConfig
 from model.errors import ModelError
 from model.files import write_json
 from model.loader.loader import Batch, SequenceLoader
+from model.loader.snapshot import Snapshot
 from model.network.transformer import Transformer
 from model.train.checkpoint import CheckpointWriter, find_checkpoint, restore
 from model.train.config import TrainConfig, TrainSummary
@@ -53,11 +54,14 @@ def train(lake: str, config: TrainConfig, *, code_version: str | None = None) ->
     cannot be read or the loss is not finite, 75 where running again goes on (SIGTERM, full disk, MLflow unreachable).
     """
     output = config.output_folder(lake)
+    snapshot: Snapshot | None = None
     with join_world(config.device) as world, contextlib.ExitStack() as held:
 
         def begin() -> dict[str, Any]:
+            nonlocal snapshot
             held.enter_context(only_one(output))
-            return plan(lake, config, code_version)
+            record, snapshot = plan(lake, config, code_version)
+            return record
 
         record = world.from_main(begin)
         if record.get("logged"):
@@ -66,7 +70,7 @@ def train(lake: str, config: TrainConfig, *, code_version: str | None = None) ->
         tracking = _begin(lake, config, record, output, world)
         if record["final"] is None:
             try:
-                result = _run(lake, config, record, output, world, tracking)
+                result = _run(config, record, snapshot or open_data(lake, config, record), output, world, tracking)
             except BaseException as error:
                 if tracking:
                     again = isinstance(error, KeyboardInterrupt) or getattr(error, "exit_code", None) == 75
@@ -124,10 +128,14 @@ class _Position:
 
 
 def _run(
-    lake: str, config: TrainConfig, record: dict[str, Any], output: Path, world: World, tracking: Tracking | None
+    config: TrainConfig,
+    record: dict[str, Any],
+    snapshot: Snapshot,
+    output: Path,
+    world: World,
+    tracking: Tracking | None,
 ) -> TrainSummary:
     """From the last checkpoint, or from nothing, to the last step."""
-    snapshot = open_data(lake, config, record)
     with torch.device("meta"):
         model = Transformer(ModelConfig(**record["model"]))
     model = build(config, model, world)
