@@ -17,20 +17,15 @@ import yaml
 from jobs import runs
 from model.train.config import TrainConfig
 from model.train.trainer import train
-from tests.model.conftest import WriteSequences, write_sequences  # noqa: F401  (a fixture)
+from tests.model.conftest import SMALLEST, WriteSequences, write_sequences  # noqa: F401  (a fixture)
 
-MODEL = {
-    "layers": 1,
-    "width": 16,
-    "heads": 2,
-    "kv_heads": 1,
-    "head_width": 8,
-    "experts": 4,
-    "experts_chosen": 2,
-    "expert_width": 8,
-    "max_seq_len": 64,
+SETTINGS: dict[str, Any] = {
+    "steps": 4,
+    "global_batch_size": 4,
+    "warmup_steps": 1,
+    "device": "cpu",
+    "overrides": SMALLEST,
 }
-SETTINGS: dict[str, Any] = {"steps": 4, "global_batch_size": 4, "warmup_steps": 1, "device": "cpu", "overrides": MODEL}
 
 
 def start(lake: str, folder: Path, name: str, *flags: str, **fields: Any) -> subprocess.Popen[str]:

@@ -15,6 +15,18 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from pipelines.tables import GOLD_SEQUENCES, SPECIAL_TOKENS, tokenizer_uri
 
 WriteSequences = Callable[..., str]
+# A model for tests of what is around it.
+SMALLEST = {
+    "layers": 2,
+    "width": 16,
+    "heads": 2,
+    "kv_heads": 1,
+    "head_width": 8,
+    "experts": 4,
+    "experts_chosen": 2,
+    "expert_width": 8,
+    "max_seq_len": 64,
+}
 WORDS = ["the ", "cat ", "sat ", "on ", "a ", "mat ", "and ", "slept; ", "then ", "it ", "woke. "]
 
 

@@ -20,21 +20,9 @@ from safetensors.torch import load_file
 from model.errors import ModelError
 from model.train.config import TrainConfig
 from model.train.parallel import check
-from tests.model.conftest import WriteSequences
+from tests.model.conftest import SMALLEST, WriteSequences
 
-MODEL: dict[str, Any] = {
-    "layers": 2,
-    "width": 16,
-    "heads": 2,
-    "kv_heads": 1,
-    "head_width": 8,
-    "experts": 4,
-    "experts_chosen": 2,
-    "expert_width": 8,
-    "max_seq_len": 64,
-    "router_bias_rate": 0.01,
-    "router_z_loss_weight": 1e-3,
-}
+MODEL: dict[str, Any] = {**SMALLEST, "router_bias_rate": 0.01, "router_z_loss_weight": 1e-3}
 # Trains one after the other in the same processes, each time as a new world.
 PROGRAM = """
 import json, os, sys
