@@ -41,6 +41,10 @@ _OPENERS = 16  # files looked at at once
 Ints = npt.NDArray[np.int64]
 
 
+class EmptySplitError(ModelError):
+    """The table is there, and has no sequence in the split."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ById:
     """What is kept for each sequence where they are numbered by id: id, row group (0 to G-1), row there and domain."""
@@ -167,7 +171,7 @@ def open_sequences(
         if counts
     ]
     if not found:
-        raise ModelError(
+        raise EmptySplitError(
             f"{uri} at version {table.version()} has no sequence in the split {split!r}; pack more documents "
             "(raise tokenize.validation_fraction where the validation split is empty)."
         )

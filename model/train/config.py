@@ -65,6 +65,12 @@ class TrainConfig(BaseModel):
     )
     tokenizer_id: str | None = Field(None, description="edition of gold.sequences; needed where there are several")
     sequence_length: int | None = Field(None, ge=2, description="edition of gold.sequences (tokens a sequence)")
+    validate_every: int = Field(
+        100, ge=0, description="steps between looks at the validation split, as at the end (0: none)"
+    )
+    validation_sequences: int = Field(
+        256, ge=1, description="sequences of the validation split that are looked at, the same each time"
+    )
     checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="checkpoints kept, the newest")
     log_every: int = Field(10, ge=1, description="steps between lines where there is no terminal")
@@ -88,6 +94,10 @@ class TrainConfig(BaseModel):
             )
         return self
 
+    def validates(self, step: int) -> bool:
+        """Whether the validation split is looked at after this step (from 1)."""
+        return bool(self.validate_every) and (step % self.validate_every == 0 or step == self.steps)
+
     def identity(self) -> dict[str, Any]:
         """The fields that the weights depend on. The others may change between restarts."""
         free = {"name", "output", "experiment", "device", "checkpoint_every", "keep_checkpoints", "log_every"}
@@ -95,6 +105,8 @@ class TrainConfig(BaseModel):
         free |= {"expert_parallel", "activation_checkpointing", "compile", "loss_chunk"}
         # What is done about a bad batch is decided when there is one.
         free |= {"bad_batch", "spike"}
+        # Looking changes nothing.
+        free |= {"validate_every", "validation_sequences"}
         return self.model_dump(mode="json", exclude=free)
 
     @classmethod

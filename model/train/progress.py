@@ -47,6 +47,12 @@ class TrainingProgress:
             self._bar.update(self._task, completed=done, loss=line["loss"], speed=speed)
         elif done % self._every == 0 or done in (1, self._total):
             self.say(f"train: step {done}/{self._total}  loss {line['loss']:.4f}  {speed}")
+        if "validation_loss" in line:
+            domains = ((name.partition("/")[2], value) for name, value in line.items() if "validation_loss/" in name)
+            told = ", ".join(f"{domain} {value:.4f}" for domain, value in domains)
+            self.say(
+                f"train: step {done}/{self._total}  validation loss {line['validation_loss']:.4f}  {told}".rstrip()
+            )
 
     def say(self, line: str) -> None:
         """A line of its own."""

@@ -5,7 +5,7 @@ are sent from the journal, whole steps at a time and in order, only up to a chec
 has says where to go on. They are sent by a thread of their own, so that a tracking server that is slow does not slow
 the training; one that fails costs a warning, and the next checkpoint catches up.
 
-Leaves out: system metrics, artifacts (the registry logs the model).
+Leaves out: the model, which the registry logs.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from model.errors import ModelError
 from model.registry.store import connect, experiment_id, tracking_uri
 from model.train.config import TrainConfig
 from model.train.journal import Journal
+from model.train.plots import figures
 
 TRAINING_TAG = "lakemoe.training_id"
 ANCHOR = "loss"  # the metric whose last step says how far MLflow got
@@ -120,6 +121,15 @@ class Tracking:
         finally:
             told.put(None)
             thread.join()
+
+    def draw(self, journal: Journal, steps: int) -> str | None:
+        """The finished training's pictures, as artifacts below plots/. What went wrong, where something did."""
+        try:
+            for name, figure in figures(journal.lines(until=steps), steps).items():
+                self._client.log_figure(self.run_id, figure, f"plots/{name}")
+        except Exception as error:  # artifact stores raise what their clients do
+            return f"the pictures were not kept ({error}); metrics.jsonl has what they show"
+        return None
 
     def end(self, status: str) -> None:
         """Mark the run FINISHED, FAILED or KILLED, where MLflow can be reached."""

@@ -10,6 +10,7 @@ enters a step.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import signal
 import threading
@@ -38,7 +39,9 @@ from model.train.parallel import build, check
 from model.train.plan import CHECKPOINTS, open_data, parameters, plan, summary
 from model.train.progress import TrainingProgress
 from model.train.step import compute_gradients, to_device, update
+from model.train.system import SystemMetrics
 from model.train.tracking import Tracking
+from model.train.validation import open_validation
 from model.train.world import World, join_world
 
 SPIKE_WINDOW = 100  # losses whose mean a spike is measured by
@@ -103,6 +106,9 @@ def _finish(config: TrainConfig, record: dict[str, Any], output: Path, tracking:
     trouble = tracking.send(Journal(output), config.steps)
     if trouble:
         raise ModelError(f"The training is done, but {trouble}; mend it and run again, nothing is lost.", 75)
+    undrawn = tracking.draw(Journal(output), config.steps)
+    if undrawn:
+        logging.getLogger(__name__).warning("train: %s", undrawn)
     tracking.end("FINISHED")
     record["logged"] = True
     write_run(output, record)
@@ -144,8 +150,12 @@ def _run(
     found, broken = world.from_main(lambda: find_checkpoint(output / CHECKPOINTS))
     show = TrainingProgress(config.steps, found.step if found else 0, config.log_every, quiet=not world.main)
     with show as progress, _sigterm() as stop, contextlib.ExitStack() as background:
+
+        def say(what: str) -> None:
+            progress.say(f"train: {what}")
+
         for reason in broken:
-            progress.say(f"train: {reason}")
+            say(reason)
         loader = SequenceLoader(
             snapshot,
             config.global_batch_size,
@@ -153,20 +163,21 @@ def _run(
             world_size=world.size,
             seed=config.seed,
             mixture=config.mixture,
-            say=lambda what: progress.say(f"train: {what}"),
+            say=say,
         )
         if found:
             restore(found, model, optimizer, world)
             loader.load_state_dict(found.state["loader"])
             position = _Position.of(found.state["position"])
             optimizer.steps = position.updates
-            progress.say(f"train: going on from step {position.step}")
+            say(f"going on from step {position.step}")
         world.from_main(lambda: journal.cut_to(position.step))
         follow = background.enter_context(tracking.follow(journal, progress.say)) if tracking else None
         writer = CheckpointWriter(output / CHECKPOINTS, world, config.keep_checkpoints, saved=follow)
         background.callback(writer.settle)
         tokens_a_step = config.global_batch_size * snapshot.sequence_length
-        speed = Speed(model.config, snapshot.sequence_length, world)
+        validation = open_validation(snapshot, config, world, say) if config.validate_every else None
+        speed, system = Speed(model.config, snapshot.sequence_length, world), SystemMetrics()
         batches = iter(loader)
         background.callback(batches.close)
         while position.step < config.steps:
@@ -192,8 +203,10 @@ def _run(
             took = time.perf_counter() - started
             position.seconds += took
             line |= {"learning_rate": rate, "skipped": int(bool(trouble)), **speed.line(tokens_a_step, took)}
+            if validation and config.validates(position.step) and not stopping:
+                line |= validation.losses(model)
             if world.main:
-                journal.append({"step": position.step, "time": int(time.time() * 1000), **line})
+                journal.append({"step": position.step, "time": int(time.time() * 1000), **line, **system.line()})
             progress.step(position.step, line)
             if position.step % config.checkpoint_every == 0 or position.step == config.steps or stopping:
                 if world.main:

@@ -72,7 +72,8 @@ def free_port() -> str:
 
 def curve(lake: Path, name: str) -> list[list[float]]:
     lines = (lake / "training" / name / "metrics.jsonl").read_text().splitlines()
-    keys = ("loss", "aux_loss", "router_z_loss", "gradient_norm", "expert_entropy", "loss/web")
+    keys = ("loss", "aux_loss", "router_z_loss", "gradient_norm", "expert_entropy", "loss/text", "validation_loss")
+    keys += ("validation_loss/code", "validation_loss/text")
     return [[m[k] for k in keys if k in m] for m in map(json.loads, lines)]
 
 
@@ -85,16 +86,18 @@ def weights(lake: Path, name: str) -> dict[str, torch.Tensor]:
 def test_every_mesh_gives_the_losses_and_weights_of_one_process(
     write_sequences: WriteSequences, tmp_path: Path
 ) -> None:
-    lake, uri = write_sequences(), f"sqlite:///{tmp_path / 'mlflow.db'}"
+    # Five sequences to look at: not as many on every rank.
+    lake, uri = write_sequences(validation=5), f"sqlite:///{tmp_path / 'mlflow.db'}"
 
     def settings(name: str, **fields: Any) -> dict[str, Any]:
         common = {"steps": 6, "global_batch_size": 8, "warmup_steps": 2, "checkpoint_every": 3, "device": "cpu"}
+        common |= {"validate_every": 2}
         return {"lake": lake, "name": name, "overrides": MODEL, **common, **fields}
 
     block = {"activation_checkpointing": "block"}
     train_in(1, [settings("one")], uri)
     expected, final = curve(Path(lake), "one"), weights(Path(lake), "one")
-    assert len(expected) == 6
+    assert [len(line) for line in expected] == [6, 9] * 3
     assert expected[-1][0] < expected[0][0]
 
     def same(name: str) -> None:

@@ -106,7 +106,8 @@ def _runs(config: Case) -> list[Any]:
     return [r for r in runs if r.info.run_name == config.name]
 
 
-def test_training_learns_logs_and_is_found_done(settings: Callable[..., Case]) -> None:
+def test_training_learns_logs_and_is_found_done(settings: Callable[..., Case], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.train.system.INTERVAL", 0.0)
     config = settings(steps=30, learning_rate=1e-2, checkpoint_every=10)
     summary = train(config)
     curve = _curve(config)
@@ -126,6 +127,10 @@ def test_training_learns_logs_and_is_found_done(settings: Callable[..., Case]) -
     source = json.loads(run.inputs.dataset_inputs[0].dataset.source)
     assert source["delta_table_version"] == 0
     assert _mlflow_curve(config, summary.mlflow_run_id) == [(c[0], c[1]) for c in curve]
+    assert {"validation_loss", "validation_loss/code", "validation_loss/text"} <= set(run.data.metrics)
+    assert run.data.metrics["system/system_memory_usage_megabytes"] > 0
+    drawn = MlflowClient(tracking_uri=tracking_uri(config.lake)).list_artifacts(summary.mlflow_run_id, "plots")
+    assert [file.path for file in drawn] == ["plots/experts.png", "plots/losses.png"]
     began = time.perf_counter()
     assert train(config) == summary
     assert time.perf_counter() - began < 1

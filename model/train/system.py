@@ -1,0 +1,43 @@
+"""What the machine does while it trains, by MLflow's own monitors, under the names of MLflow's system metrics.
+
+They are sampled between steps and go into the journal's line, so that they reach MLflow as the losses do: batched, by
+a thread, and later where the tracking server is down (MLflow's own thread ends at the first failure). Of several nodes
+the first one's alone. A GPU's need nvidia-ml-py, which the extra ``gpu`` installs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+
+import psutil
+from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
+from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+
+INTERVAL = 10.0  # seconds between samples, MLflow's own default
+
+
+class SystemMetrics:
+    """system/cpu_utilization_percentage, system/gpu_0_power_usage_watts and so on."""
+
+    def __init__(self) -> None:
+        self._monitors: list[BaseMetricsMonitor] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
+        with contextlib.suppress(ImportError, RuntimeError):  # no nvidia-ml-py, or no GPU
+            self._monitors.append(GPUMonitor())
+        psutil.cpu_percent()  # each call tells of the time since the one before
+        self._next = time.monotonic() + INTERVAL
+
+    def line(self) -> dict[str, float]:
+        """The metrics where the last ones are INTERVAL seconds old, else none."""
+        if time.monotonic() < self._next:
+            return {}
+        self._next = time.monotonic() + INTERVAL
+        found: dict[str, float] = {}
+        for monitor in self._monitors:
+            monitor.collect_metrics()
+            found |= {f"system/{name}": float(value) for name, value in monitor.aggregate_metrics().items()}
+            monitor.clear_metrics()
+        return found
