@@ -13,14 +13,13 @@ from jobs.main import main
 from jobs.settings import JobSettings
 from model.evaluate.held_out import EvaluateConfig, Evaluation, evaluate_folder
 from model.registry.load import download
-from model.train.config import TrainConfig
 from model.train.plan import finished
 
 
 class Settings(JobSettings):
     """Measure a finished training, or a registered model, on the validation split of the data it was trained on."""
 
-    training: str = Field("quickstart", description="name of the finished training to evaluate")
+    training: str = Field("quickstart", description="name of the finished training to evaluate, or its output folder")
     model: str = Field("", description="models:/NAME@ALIAS or models:/NAME/VERSION, in place of a training")
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description="settings of the evaluation")
 
@@ -52,8 +51,7 @@ def run(settings: Settings) -> None:
     if settings.model:
         folder = download(settings.model, lake=settings.lake)
     else:
-        output = TrainConfig(name=settings.training).output_folder(settings.lake)
-        folder = Path(finished(output).checkpoint)
+        folder = Path(finished(settings.lake, settings.training).checkpoint)
     console.out.print(table(run_evaluation(settings.lake, folder, settings.evaluate)))
     console.note(f"Next: lakemoe register --training {settings.training} --lake {settings.lake}")
 

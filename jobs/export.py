@@ -17,7 +17,6 @@ from model.convert.check import check_files, compare_logits
 from model.convert.checkpoint import export_folder
 from model.convert.hugging_face import Exported
 from model.registry.load import download
-from model.train.config import TrainConfig
 from model.train.plan import finished
 
 GB = 1_000_000_000
@@ -28,7 +27,9 @@ class Settings(JobSettings):
 
     to: Path = Field(description="folder to write; it must not be there, or hold this very export")
     model: str = Field("models:/quickstart@champion", description="models:/NAME@ALIAS or models:/NAME/VERSION")
-    training: str = Field("", description="name of a finished training, in place of a registered model")
+    training: str = Field(
+        "", description="name of a finished training, or its output folder, in place of a registered model"
+    )
     layout: Literal["auto", "dbrx", "mixtral", "olmoe"] = Field("auto", description="whose layout; auto: what fits")
     dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="of the weights; float32 keeps every bit")
     max_shard_gb: float = Field(5.0, gt=0, description="largest file of weights (10^9 bytes)")
@@ -37,7 +38,7 @@ class Settings(JobSettings):
 def run(settings: Settings) -> None:
     lake = settings.lake
     if settings.training:
-        source = Path(finished(TrainConfig(name=settings.training).output_folder(lake)).checkpoint)
+        source = Path(finished(lake, settings.training).checkpoint)
     else:
         source = download(settings.model, lake=lake)
     with runs.recorded(lake, "export", settings.model_dump(mode="json", exclude={"lake", "config", "debug"})) as run:

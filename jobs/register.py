@@ -12,14 +12,14 @@ from jobs.main import main
 from jobs.settings import JobSettings
 from model.evaluate.held_out import EvaluateConfig, Evaluation
 from model.registry.register import RegisteredVersion, register
-from model.train.config import TrainConfig, TrainSummary
+from model.train.config import TrainSummary
 from model.train.plan import finished
 
 
 class Settings(JobSettings):
     """Register a finished training's last checkpoint in MLflow, with its held-out figures and lineage as tags."""
 
-    training: str = Field("quickstart", description="name of the finished training to register")
+    training: str = Field("quickstart", description="name of the finished training to register, or its output folder")
     name: str = Field("", description="the registered model's name; empty: the training's")
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description="settings of the evaluation")
 
@@ -37,9 +37,9 @@ def run_registration(lake: str, name: str, training: TrainSummary, evaluation: E
 
 
 def run(settings: Settings) -> None:
-    training = finished(TrainConfig(name=settings.training).output_folder(settings.lake))
+    training = finished(settings.lake, settings.training)
     evaluation = evaluate.run_evaluation(settings.lake, Path(training.checkpoint), settings.evaluate)
-    version = run_registration(settings.lake, settings.name or settings.training, training, evaluation)
+    version = run_registration(settings.lake, settings.name or Path(settings.training).name, training, evaluation)
     console.note(f"The model is {version.uri}.")
     console.note(f"Next: lakemoe promote --model {version.name} --lake {settings.lake}")
 

@@ -75,8 +75,10 @@ def run_training(lake: str, config: TrainConfig) -> TrainSummary:
 
 def planned(settings: Settings) -> tuple[ModelConfig, int, str]:
     """The model and the tokens a sequence that a dry run is about, and where they come from, in words."""
-    config, lake = settings.train, settings.lake.removeprefix("file://")
-    if settings.model is None and (Path(GOLD_SEQUENCES.uri(lake)) / "_delta_log").is_dir():
+    from deltalake import DeltaTable
+
+    config, lake = settings.train, settings.lake
+    if settings.model is None and DeltaTable.is_deltatable(GOLD_SEQUENCES.uri(lake)):
         from model.train.plan import model_config, open_data
 
         data = open_data(lake, config, None)
@@ -153,7 +155,8 @@ def train_here(lake: str, config: TrainConfig) -> None:
     console.note(f"The checkpoint is {summary.checkpoint}, the last loss {summary.final_loss:.4f} nats a token.")
     store = tracking_uri(lake)
     console.note(f"The run is {summary.mlflow_run_id}; to see it: mlflow ui --backend-store-uri {store}")
-    console.note(f"Next: lakemoe evaluate --training {config.name} --lake {lake}")
+    training = config.name if config.output is None else Path(config.output).absolute()
+    console.note(f"Next: lakemoe evaluate --training {training} --lake {lake}")
 
 
 if __name__ == "__main__":

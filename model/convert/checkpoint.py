@@ -14,8 +14,8 @@ from model.convert.hugging_face import Exported, to_hugging_face
 from model.convert.shards import LazyTensors, Progress
 from model.errors import ModelError
 from model.evaluate.held_out import read_manifest
+from model.lake import tokenizer_file
 from model.registry.load import CONFIG, TOKENIZER, WEIGHTS
-from pipelines.tables import tokenizer_uri
 
 
 def export_folder(
@@ -43,7 +43,7 @@ def export_folder(
     }
     tokenizer = source / TOKENIZER
     if not tokenizer.is_file():
-        tokenizer = Path(tokenizer_uri(lake, data["tokenizer_id"]).removeprefix("file://"))
+        tokenizer = tokenizer_file(lake, data["tokenizer_id"])
     try:
         config = parse_config((source / CONFIG).read_text(encoding="utf-8"), source=str(source / CONFIG))
         with LazyTensors([source / WEIGHTS]) as weights:

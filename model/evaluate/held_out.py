@@ -24,15 +24,14 @@ from tokenizers import Tokenizer
 
 from model.errors import ModelError
 from model.evaluate.ngrams import baselines, targets
-from model.files import write_json
+from model.lake import keep, read_kept, tokenizer_file
 from model.loader.loader import in_order
 from model.loader.snapshot import Snapshot, open_sequences
 from model.network.generate import load_tokenizer
 from model.network.transformer import Transformer
 from model.registry.load import MANIFEST, WEIGHTS, open_weights
-from model.registry.store import lake_folder
 from model.train.loss import token_losses
-from pipelines.tables import SPECIAL_TOKENS, tokenizer_uri
+from pipelines.tables import SPECIAL_TOKENS
 
 FORMAT = 1  # of the files in evaluations/
 
@@ -110,15 +109,14 @@ def evaluate_folder(
     named = {"format": FORMAT, "weights": weights, "held_out": held_out.content, "train": data["content"]}
     named["baseline_sequences"] = str(config.baseline_sequences)
     key = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
-    file = lake_folder(lake) / "evaluations" / f"{key}.json"
-    if file.exists():
-        return _parsed(json.loads(file.read_text(encoding="utf-8")))
+    known = read_kept(lake, f"evaluations/{key}.json")
+    if known is not None:
+        return _parsed(known)
     train = open_sequences(lake, data["version"], "train", *edition)
     model, _ = open_weights(folder, device)
-    tokenizer = load_tokenizer(tokenizer_uri(lake.removeprefix("file://"), data["tokenizer_id"]))
+    tokenizer = load_tokenizer(str(tokenizer_file(lake, data["tokenizer_id"])))
     evaluation = evaluate(model, tokenizer, held_out, train, config, weights_sha256=weights, progress=progress)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, asdict(evaluation))
+    keep(lake, f"evaluations/{key}.json", asdict(evaluation))
     return evaluation
 
 

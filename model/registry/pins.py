@@ -10,6 +10,7 @@ from deltalake.exceptions import TableNotFoundError
 from mlflow.exceptions import MlflowException
 
 from model.errors import ModelError
+from model.lake import is_local
 from model.registry.register import PREFIX
 from model.registry.store import connect, has_store, lake_folder
 from model.train.config import TRAININGS
@@ -46,8 +47,8 @@ def pins(lake: str) -> Iterator[Pin]:
             if version.tags.get(f"{tag}.table_id") == table_id:
                 holder = f"The model {version.name} version {version.version}"
                 yield Pin(holder=holder, table=GOLD_SEQUENCES.name, version=int(version.tags[f"{tag}.version"]))
-    folder = lake_folder(lake) / TRAININGS
-    for training in sorted(folder.iterdir()) if folder.is_dir() else ():
+    folder = lake_folder(lake) / TRAININGS if is_local(lake) else None
+    for training in sorted(folder.iterdir()) if folder and folder.is_dir() else ():
         record = read_run(training)
         if record is not None and not record.get("logged"):
             holder = f"The training {training.name}, which is not finished,"

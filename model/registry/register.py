@@ -24,10 +24,10 @@ from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 from model.errors import ModelError
+from model.lake import tokenizer_file
 from model.registry.load import CONFIG, MANIFEST, TOKENIZER, WEIGHTS
 from model.registry.store import connect, experiment_id
 from model.train.checkpoint import read_checkpoint
-from pipelines.tables import tokenizer_uri
 
 PREFIX = "lakemoe."
 WEIGHTS_TAG = PREFIX + "weights_sha256"
@@ -76,7 +76,7 @@ def register(
     """
     read = read_checkpoint(Path(checkpoint))
     weights = str(read.manifest["files"][WEIGHTS]["sha256"])
-    tokenizer = _tokenizer_path(lake, str(_data(read.manifest)["tokenizer_id"]))
+    tokenizer = tokenizer_file(lake, str(_data(read.manifest)["tokenizer_id"]))
     client = connect(lake)
     if found := _version_of(client, name, weights):
         _challenge(client, name, found)  # a kill may have come between the version and its alias
@@ -86,7 +86,7 @@ def register(
     files = {"weights": read.folder / WEIGHTS, "config": read.folder / CONFIG, "manifest": read.folder / MANIFEST}
     files["tokenizer"] = tokenizer
     run_id = read.manifest.get("mlflow_run_id")
-    experiment = client.get_run(run_id).info.experiment_id if run_id else experiment_id(client, lake)
+    experiment = client.get_run(run_id).info.experiment_id if run_id else experiment_id(client)
     try:
         model_id = _logged(client, experiment, weights) or _log(name, known, files, run_id, experiment)
         version_ = _create_version(client, name, model_id, run_id, known)
@@ -130,13 +130,6 @@ def _installed(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _tokenizer_path(lake: str, tokenizer_id: str) -> Path:
-    path = Path(tokenizer_uri(lake, tokenizer_id).removeprefix("file://"))
-    if not path.is_file():
-        raise ModelError(f"The checkpoint's tokenizer {path} is not there; name the lake that it was trained on.")
-    return path
 
 
 def _version_of(client: MlflowClient, name: str, weights: str) -> ModelVersion | None:

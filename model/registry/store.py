@@ -14,13 +14,14 @@ import mlflow
 from mlflow import MlflowClient
 
 from model.errors import ModelError
+from model.lake import is_local
 
 EXPERIMENT = "lakemoe"
 
 
 def lake_folder(lake: str) -> Path:
     """The local folder of a lake, absolute. Errors: ModelError (2) for an object store."""
-    if "://" in lake and not lake.startswith("file://"):
+    if not is_local(lake):
         raise ModelError(f"The lake {lake} is no local folder to keep MLflow's store in; set MLFLOW_TRACKING_URI.", 2)
     return Path(lake.removeprefix("file://")).resolve()
 
@@ -82,11 +83,13 @@ def _create_store(file: Path) -> None:
         made.rename(file)
 
 
-def experiment_id(client: MlflowClient, lake: str, name: str = EXPERIMENT) -> str:
-    """The experiment's id. Made where it is absent; in the lake's own store its artifacts go to LAKE/mlartifacts."""
+def experiment_id(client: MlflowClient, name: str = EXPERIMENT) -> str:
+    """The experiment's id. Made where it is absent; a SQLite store's artifacts go to mlartifacts beside its file."""
     found = client.get_experiment_by_name(name)
     if found is not None:
         return str(found.experiment_id)
-    own = client.tracking_uri.startswith("sqlite:")
-    location = (lake_folder(lake) / "mlartifacts" / name).as_uri() if own else None
+    location = None
+    if client.tracking_uri.startswith("sqlite:///"):
+        folder = Path(client.tracking_uri.removeprefix("sqlite:///")).absolute().parent
+        location = (folder / "mlartifacts" / name).as_uri()
     return str(client.create_experiment(name, artifact_location=location))

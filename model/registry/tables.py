@@ -10,6 +10,8 @@ from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError, TableNotFoundError
 from pyarrow import fs
 
+from model.loader.store import open_filesystem
+
 
 def read_rows(uri: str) -> list[dict[str, Any]]:
     """All rows of a table without partitions, as it is now; none where the table is absent."""
@@ -43,7 +45,4 @@ def missing(uri: str, version: int, table_id: str | None = None) -> str | None:
 
 
 def _filesystem(uri: str) -> tuple[fs.FileSystem, str]:
-    if "://" not in uri or uri.startswith("file://"):
-        return fs.LocalFileSystem(), unquote(uri.removeprefix("file://"))
-    filesystem, path = fs.FileSystem.from_uri(uri)
-    return filesystem, unquote(path)
+    return open_filesystem(uri if "://" in uri else unquote(uri), {})

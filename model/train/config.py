@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from model.device import DeviceName
 from model.errors import ModelError
+from model.lake import is_local
 from model.loader.mixture import Phase
 
 # The folder of a lake that trainings write to.
@@ -82,8 +83,11 @@ class TrainConfig(BaseModel):
         """Where checkpoints and metrics go: a local folder. Errors: ModelError (2) where the lake is none."""
         if self.output is not None:
             return Path(self.output)
-        if "://" in lake and not lake.startswith("file://"):
-            raise ModelError(f"The lake {lake} is no local folder; name a local output for the training.", 2)
+        if not is_local(lake):
+            raise ModelError(
+                f"The lake {lake} is no local folder; name a local one as train.output, or the training by its folder.",
+                2,
+            )
         return Path(lake.removeprefix("file://")) / TRAININGS / self.name
 
     @model_validator(mode="after")

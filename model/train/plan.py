@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from model.config import ModelConfig, load_preset
 from model.errors import ModelError
+from model.lake import tokenizer_file
 from model.loader.snapshot import Snapshot, open_sequences
+from model.network.generate import load_tokenizer
 from model.train.config import TrainConfig, TrainSummary
 from model.train.journal import read_run, write_run
-from pipelines.tables import tokenizer_uri
 
 CHECKPOINTS = "checkpoints"
 
@@ -51,8 +51,12 @@ def plan(lake: str, config: TrainConfig, code_version: str | None) -> tuple[dict
     return record, snapshot
 
 
-def finished(output: Path) -> TrainSummary:
-    """The summary of a training that is done. Errors: ModelError (2) where none is in this folder."""
+def finished(lake: str, training: str) -> TrainSummary:
+    """The summary of a training that is done, by its name, or by its output folder where that lies elsewhere.
+
+    Errors: ModelError (2) where there is none.
+    """
+    output = Path(training) if os.sep in training else TrainConfig(name=training).output_folder(lake)
     record = read_run(output)
     if record is None or not record.get("logged"):
         raise ModelError(f"{output} holds no finished training: run lakemoe train, or name another training.", 2)
@@ -92,11 +96,8 @@ def parameters(record: dict[str, Any]) -> dict[str, Any]:
 
 def model_config(lake: str, config: TrainConfig, snapshot: Snapshot) -> ModelConfig:
     """The preset with its overrides and the vocabulary of the tokenizer that the data was made with."""
-    file = tokenizer_uri(lake.removeprefix("file://"), snapshot.tokenizer_id)
-    try:
-        vocabulary = Tokenizer.from_file(file).get_vocab_size(with_added_tokens=True)
-    except Exception as error:  # tokenizers raises Exception itself
-        raise ModelError(f"The tokenizer {file} cannot be read ({error}); restore it or tokenize again.") from error
+    tokenizer = load_tokenizer(str(tokenizer_file(lake, snapshot.tokenizer_id)))
+    vocabulary = tokenizer.get_vocab_size(with_added_tokens=True)
     overrides = {"vocab_size": vocabulary, **config.overrides}
     model = load_preset(config.preset, **overrides)
     if model.vocab_size < vocabulary:

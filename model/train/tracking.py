@@ -45,7 +45,7 @@ class Tracking:
             # Down servers are asked for two minutes by default; the training need not wait that long.
             os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
             self._client = connect(lake)
-            self._experiment_id = experiment_id(self._client, lake, config.experiment)
+            self._experiment_id = experiment_id(self._client, config.experiment)
             self.run_id = run_id or self._find(training_id) or self._create(config, training_id)
             self._client.update_run(self.run_id, status="RUNNING")
         except (MlflowException, OSError) as error:

@@ -106,7 +106,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Any:
         ]  # fmt: skip
         write_table(lake, OPS_RUNS, runs)
         client = connect(str(lake))
-        run_id = client.create_run(experiment_id(client, str(lake))).info.run_id
+        run_id = client.create_run(experiment_id(client)).info.run_id
         client.set_terminated(run_id)
         data = {
             "table": "gold.sequences", "table_id": table_id, "version": 0, "tokenizer_id": tokenizer_id,
@@ -162,7 +162,7 @@ def test_a_registration_killed_before_the_version_is_finished_with_its_files(
 ) -> None:
     put_killed(world, monkeypatch, "create_model_version", "killed")
     put(world, 2, "killed")
-    experiment = experiment_id(world.client, world.lake)
+    experiment = experiment_id(world.client)
     assert len([m for m in world.client.search_logged_models([experiment]) if m.name == "killed"]) == 1
 
 

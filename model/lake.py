@@ -1,0 +1,89 @@
+"""A lake's files beside its tables, on a local disk or in an object store: tokenizers, and figures that are kept.
+
+Credentials and endpoints are those of the loader (model/loader/store.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import fs
+
+from model.errors import ModelError
+from model.files import write_json
+from model.loader.store import first_line, open_filesystem, raise_if_denied
+from pipelines.tables import tokenizer_uri
+
+
+def is_local(lake: str) -> bool:
+    """Whether the lake is a folder of this machine."""
+    return "://" not in lake or lake.startswith("file://")
+
+
+def tokenizer_file(lake: str, tokenizer_id: str) -> Path:
+    """The tokenizer's JSON as a local file; of an object store a copy that lasts as long as the process.
+
+    Errors: ModelError where it is not there, or is not the one of this id (the sha256 of its bytes); 75 where the store
+    does not answer.
+    """
+    uri = tokenizer_uri(lake, tokenizer_id)
+    content = read_file(uri)
+    if content is None:
+        raise ModelError(f"There is no tokenizer {uri}; restore it, or name the lake that the model was trained on.")
+    if hashlib.sha256(content).hexdigest() != tokenizer_id:
+        raise ModelError(f"{uri} was changed: its sha256 is not its name; restore the file.")
+    if is_local(lake):
+        return Path(uri.removeprefix("file://"))
+    path = Path(_copies().name, f"{tokenizer_id}.json")
+    path.write_bytes(content)
+    return path
+
+
+@cache
+def _copies() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="lakemoe-")  # removed when the process ends
+
+
+def read_file(uri: str) -> bytes | None:
+    """A small file's content; None where there is none. Errors: ModelError, 75 where the store does not answer."""
+    try:
+        filesystem, path = open_filesystem(uri, {})
+        if filesystem.get_file_info(path).type != fs.FileType.File:
+            return None
+        with filesystem.open_input_file(path) as file:
+            return bytes(file.read())
+    except (OSError, pa.ArrowException) as error:
+        raise _told(uri, "read", error) from error
+
+
+def read_kept(lake: str, name: str) -> Any:
+    """What ``keep`` wrote, or None."""
+    content = read_file(f"{lake.rstrip('/')}/{name}")
+    return None if content is None else json.loads(content)
+
+
+def keep(lake: str, name: str, value: dict[str, Any]) -> None:
+    """Write a JSON file of the lake, whole or not at all. Errors: as of read_file."""
+    uri = f"{lake.rstrip('/')}/{name}"
+    if is_local(lake):
+        path = Path(uri.removeprefix("file://"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, value)
+        return
+    try:
+        filesystem, path_there = open_filesystem(uri, {})
+        with filesystem.open_output_stream(path_there) as file:  # an object is there once it is whole
+            file.write(json.dumps(value, indent=2, sort_keys=True).encode())
+    except (OSError, pa.ArrowException) as error:
+        raise _told(uri, "written", error) from error
+
+
+def _told(uri: str, done: str, error: BaseException) -> ModelError:
+    raise_if_denied(uri, error)
+    return ModelError(f"{uri} could not be {done} ({first_line(error)}); look after the store and run again.", 75)

@@ -1,0 +1,87 @@
+"""A lake in an object store is trained on, evaluated, registered and exported as one on the disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from benchmarks.loader_store import environment, s3_server, upload
+from jobs import runs
+from tests.model.conftest import SMALLEST, WriteSequences, write_sequences  # noqa: F401  (a fixture)
+
+SETTINGS: dict[str, Any] = {"steps": 3, "global_batch_size": 4, "warmup_steps": 1, "device": "cpu", "name": "a"}
+SETTINGS |= {"overrides": {**SMALLEST, "max_seq_len": 32}, "validate_every": 2}
+
+
+@pytest.mark.slow
+def test_every_command_behind_pack_takes_a_lake_in_s3(
+    write_sequences: WriteSequences,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.setenv("PYTHONPATH", os.getcwd())
+    folder, output = write_sequences(), tmp_path / "training"
+
+    def lakemoe(job: str, lake: str, *flags: str, **settings: Any) -> subprocess.CompletedProcess[str]:
+        file = tmp_path / "settings.yaml"
+        file.write_text(yaml.safe_dump(settings))
+        command = [sys.executable, "-m", "jobs.main", job, "--lake", lake, "--config", str(file), *flags]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    def done(job: str, lake: str, *flags: str, **settings: Any) -> str:
+        ran = lakemoe(job, lake, *flags, **settings)
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+        return ran.stdout
+
+    with s3_server() as port:
+        for name, value in environment(port).items():
+            monkeypatch.setenv(name, value)
+        lake = upload(folder, port, "lake")
+        refused = lakemoe("train", lake, train=SETTINGS)
+        assert refused.returncode == 2, refused.stderr
+        assert "train.output" in refused.stderr
+        said = done("train", lake, train={**SETTINGS, "output": str(output)})
+        assert f"lakemoe evaluate --training {output} --lake {lake}" in said
+        assert "sequences of 32 tokens" in done("train", lake, "--dry-run", train=SETTINGS)
+        first = done("evaluate", lake, training=str(output))
+        assert done("evaluate", lake, training=str(output)).splitlines()[-6:] == first.splitlines()[-6:]
+        done("register", lake, training=str(output), name="from-s3")
+        done("promote", lake, model="from-s3")
+        done("export", lake, model="models:/from-s3@champion", to=str(tmp_path / "exported"))
+        jobs = [(run["job"], run["status"]) for run in runs.runs(lake)]
+        assert ("train", "succeeded") in jobs
+        assert ("register", "succeeded") in jobs
+        assert not any(status == "failed" for _, status in jobs)
+
+    def losses(folder: Path) -> list[float]:
+        return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+    done("train", folder, train={**SETTINGS, "output": str(tmp_path / "local")})
+    assert losses(output) == losses(tmp_path / "local"), "the same training as on the disk"
+    assert not list(Path(tmp_path).glob("s3:*")), "no folder was made where an address was meant"
+
+
+def test_a_tokenizer_that_was_changed_is_refused(
+    write_sequences: Callable[..., str],  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    from model.errors import ModelError
+    from model.lake import tokenizer_file
+
+    lake = write_sequences()
+    (file,) = Path(lake, "tokenizers").glob("*.json")
+    assert tokenizer_file(lake, file.stem) == file
+    file.write_text(file.read_text() + " ")
+    with pytest.raises(ModelError, match="its sha256 is not its name"):
+        tokenizer_file(f"file://{lake}", file.stem)
+    with pytest.raises(ModelError, match="There is no tokenizer"):
+        tokenizer_file(lake, "0" * 64)
