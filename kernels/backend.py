@@ -45,6 +45,25 @@ def _gluon() -> bool:
     return (3, 6) <= (major, minor) <= (3, 9)  # both ends were tried
 
 
+_left = 0
+
+
+def leave_multiprocessors(count: int) -> None:
+    """Let products take so many multiprocessors less, in this process from now on.
+
+    For kernels that run beside them, such as NCCL's: a product is made by as many programs as there are
+    multiprocessors, each of which has its share of it, so that one that finds its multiprocessor taken makes all wait
+    twice as long.
+    """
+    global _left
+    _left = count
+
+
+def left_multiprocessors() -> int:
+    """How many are left to others."""
+    return _left
+
+
 def precision() -> str:
     """How Triton multiplies float32, as torch is set: "tf32" or "ieee"."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

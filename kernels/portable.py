@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.tools.ragged_tma import create_ragged_descriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.backend import precision
+from kernels.backend import left_multiprocessors, precision
 from kernels.products import activate_backward_kernel, combine_kernel, copy_kernel, rows_kernel, weights_kernel
 from kernels.routing import Routing
 from kernels.tiles import Tile, Tiles, power_of_two
@@ -25,9 +25,13 @@ _ALIGNMENT = 16  # bytes, of what a TMA descriptor points to and of its strides
 _FARTHEST = 2**40  # bytes, the largest stride of a TMA descriptor
 
 
-@cache
 def multiprocessors(device: torch.device) -> int:
-    """How many programs of one a multiprocessor run at once."""
+    """How many programs of one a multiprocessor run at once, beside what is left to others (kernels/backend.py)."""
+    return max(1, _multiprocessors(device) - left_multiprocessors())
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
     # The interpreter runs one program after the other: a few of them still walk over several tiles each.
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
@@ -70,22 +74,39 @@ def _programs(tile: Tile, most: int, device: torch.device) -> int:
     return max(1, min(most, tile.programs * multiprocessors(device)))
 
 
+def sorted_copy(x: Tensor, routing: Routing) -> Tensor:
+    """A copy [N, D] of the rows of x [T, D], each to all of its sorted places; a row's elements lie side by side."""
+    (T, D), N = x.shape, routing.order.shape[0]
+    rows = x.new_empty(N, D)
+    if N:
+        block = min(1024, power_of_two(D))
+        grid = (T, triton.cdiv(D, block))
+        copy_kernel[grid](x, routing.inverse, rows, x.stride(0), D, TOP_K=N // T, BLOCK=block)
+    return rows
+
+
+def combined(rows: Tensor, weight: Tensor | None, routing: Routing, top_k: int) -> Tensor:
+    """[T, D] of contiguous rows [N, D]: each token's added up, weighed where there is a weight [T, K]."""
+    N, D = rows.shape
+    y = rows.new_empty(N // top_k, D)
+    if N:
+        block = min(1024, power_of_two(D))
+        combine_kernel[(N // top_k, triton.cdiv(D, block))](
+            rows, weight, routing.inverse, y, D, TOP_K=top_k, WEIGHTED=weight is not None, BLOCK=block
+        )
+    return y
+
+
 class Tokens:
     """The rows of tokens x [T, D], and from the first use of `sorted` on a copy [N, D] of them in sorted order."""
 
-    def __init__(self, x: Tensor, routing: Routing, top_k: int) -> None:
-        self.x, self._routing, self._top_k = x, routing, top_k
+    def __init__(self, x: Tensor, routing: Routing) -> None:
+        self.x, self._routing = x, routing
         self._sorted: Tensor | None = None
 
     def sorted(self) -> Tensor:
         if self._sorted is None:
-            (T, D), N = self.x.shape, self._routing.order.shape[0]
-            self._sorted = self.x.new_empty(N, D)
-            if N:
-                block = min(1024, power_of_two(D))
-                copy_kernel[(T, triton.cdiv(D, block))](
-                    self.x, self._routing.inverse, self._sorted, self.x.stride(0), D, TOP_K=self._top_k, BLOCK=block
-                )
+            self._sorted = sorted_copy(self.x, self._routing)
         return self._sorted
 
 
@@ -96,7 +117,7 @@ class Portable:
         self.routing, self.top_k, self.tiles = routing, top_k, tiles
 
     def tokens(self, x: Tensor) -> Tokens:
-        return Tokens(x, self.routing, self.top_k)
+        return Tokens(x, self.routing)
 
     def up(self, x: Tokens, w1: Tensor, v1: Tensor | None, activation: str) -> tuple[Tensor, Tensor | None, Tensor]:
         """h = x w1^T, u = x v1^T and act(h) u, each [N, F]; x [T, D], w1 and v1 [E, F, D]."""
@@ -150,14 +171,7 @@ class Portable:
 
     def combined(self, rows: Tensor, weight: Tensor | None) -> Tensor:
         """[T, D]: each token's rows added up, weighed where there is a weight [T, K]."""
-        N, D = rows.shape
-        y = rows.new_empty(N // self.top_k, D)
-        if N:
-            block = min(1024, power_of_two(D))
-            combine_kernel[(N // self.top_k, triton.cdiv(D, block))](
-                rows, weight, self.routing.inverse, y, D, TOP_K=self.top_k, WEIGHTED=weight is not None, BLOCK=block
-            )
-        return y
+        return combined(rows, weight, self.routing, self.top_k)
 
     def _rows(
         self,

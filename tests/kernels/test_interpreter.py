@@ -28,7 +28,7 @@ def interpreter_fails() -> str:
 
 @pytest.mark.slow
 @pytest.mark.skipif(interpreter_fails() != "", reason=interpreter_fails() or "it can run")
-@pytest.mark.parametrize("file", ["test_moe.py", "test_block_sparse.py"])
+@pytest.mark.parametrize("file", ["test_moe.py", "test_permute.py", "test_block_sparse.py"])
 def test_a_file_in_the_interpreter(file: str) -> None:
     root = Path(__file__).parents[2]
     command = [
