@@ -32,6 +32,7 @@ class MoE(nn.Module):
         self.w2 = nn.Parameter(torch.empty(shape))
         # The ranks that share the experts among them; None: all are here.
         self.expert_group: ProcessGroup | None = None
+        self.expert_chunks = 1
 
     def forward(self, x: Tensor, valid_T: Tensor | None = None) -> tuple[Tensor, RouterSums]:
         x_TD = x.reshape(-1, x.shape[-1])
@@ -46,6 +47,5 @@ class MoE(nn.Module):
             return dropless_moe(x_TD, expert_index_TK, expert_weight_TK, *weights, activation=self.config.activation)
         from model.network.expert_parallel import expert_parallel_moe
 
-        return expert_parallel_moe(
-            x_TD, expert_index_TK, expert_weight_TK, *weights, self.config.activation, self.expert_group
-        )
+        how = (self.config.activation, self.expert_group, self.expert_chunks)
+        return expert_parallel_moe(x_TD, expert_index_TK, expert_weight_TK, *weights, *how)

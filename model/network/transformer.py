@@ -69,9 +69,24 @@ class Block(nn.Module):
         valid_T: Tensor | None,
         cache: KVCache | None,
     ) -> tuple[Tensor, RouterSums]:
+        x, normed = self.attend(x, rotary, mask, cache)
+        y, sums = self.moe(normed, valid_T)
+        return self.add(x, y), sums
+
+    def attend(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | BlockMask | None,
+        cache: KVCache | None,
+    ) -> tuple[Tensor, Tensor]:
+        """x + attention(norm(x)), and its norm for the experts. Apart from them, so that it can be compiled alone."""
         x = x + self.attention_post_norm(self.attention(self.attention_norm(x), rotary, mask, cache))
-        y, sums = self.moe(self.moe_norm(x), valid_T)
-        return x + self.moe_post_norm(y), sums
+        return x, self.moe_norm(x)
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """x and what the experts give."""
+        return x + self.moe_post_norm(y)
 
 
 class Transformer(nn.Module):

@@ -53,6 +53,9 @@ class TrainConfig(BaseModel):
         None, gt=1, description="a loss above this times the mean of the last 100 is a bad batch (default: none is)"
     )
     expert_parallel: int = Field(1, ge=1, description="neighbouring processes that share the experts among them")
+    expert_parallel_chunks: int = Field(
+        1, ge=1, description="parts of a batch whose experts compute while another's rows travel, on slow networks"
+    )
     activation_checkpointing: Literal["none", "block"] = Field(
         "none", description="block: keep each block's input alone and compute the rest of it again for backward"
     )
@@ -106,7 +109,7 @@ class TrainConfig(BaseModel):
         """The fields that the weights depend on. The others may change between restarts."""
         free = {"name", "output", "experiment", "device", "checkpoint_every", "keep_checkpoints", "log_every"}
         # They change rounding at most, and what fits a GPU is found out by trying.
-        free |= {"expert_parallel", "activation_checkpointing", "compile", "loss_chunk"}
+        free |= {"expert_parallel", "expert_parallel_chunks", "activation_checkpointing", "compile", "loss_chunk"}
         # What is done about a bad batch is decided when there is one.
         free |= {"bad_batch", "spike"}
         # Looking changes nothing.

@@ -108,7 +108,10 @@ def test_every_mesh_gives_the_losses_and_weights_of_one_process(
 
     # Every mesh once from the beginning, and then from step 3 of another one.
     go_back(Path(lake), "one")
-    four = [settings("four", **block), *(settings(f"four-{p}", expert_parallel=p) for p in (2, 4))]
+    four = [
+        settings("four", **block),
+        *(settings(f"four-{p}", expert_parallel=p, expert_parallel_chunks=p + 1) for p in (2, 4)),
+    ]
     train_in(4, [*four, settings("one", expert_parallel=2)], uri)
     for name in ("four", "four-2", "four-4", "one"):
         same(name)
