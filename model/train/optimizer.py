@@ -108,20 +108,36 @@ class AdamW(torch.optim.Optimizer):
         self._sums.clear()
 
     @torch.no_grad()
+    def add_up(self, group: ProcessGroup | None) -> None:
+        """Add up over the group the gradients that each rank has whole; those of divided weights FSDP adds up."""
+        gradients = [g for g in self._gradients(divided=False) if group is not None]
+        if gradients:
+            total = torch.cat([g.flatten() for g in gradients])
+            dist.all_reduce(total, group=group)
+            for gradient, part in zip(gradients, total.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+    @torch.no_grad()
     def gradient_norm(self, group: ProcessGroup | None = None) -> Tensor:
         """The 2-norm of all gradients, float32 scalar on their device, over all ranks of ``group``.
 
-        Every gradient is divided over all ranks of the group without overlap, along whatever dimensions of the mesh, so
-        the sum of the parts' squares is that of the whole.
+        A gradient that is divided is so over all ranks of the group without overlap, along whatever dimensions of the
+        mesh, so the sum of the parts' squares is that of the whole.
         """
-        gradients = [g for p in self.parameters() if (g := self.gradient(p)) is not None]
-        device = gradients[0].device
-        gradients = [g for g in gradients if g.numel()] or [torch.zeros(1, device=device)]
-        norms = torch._foreach_norm(gradients, 2.0, dtype=torch.float32)
-        total = torch.stack(norms).square().sum()
+        divided, whole = (self._squares(self._gradients(divided=divided)) for divided in (True, False))
         if group is not None:
-            dist.all_reduce(total, group=group)
-        return total.sqrt()
+            dist.all_reduce(divided, group=group)
+        return (divided + whole).sqrt()
+
+    def _gradients(self, *, divided: bool) -> list[Tensor]:
+        found = ((p, self.gradient(p)) for p in self.parameters() if hasattr(p, "device_mesh") is divided)
+        return [gradient for _, gradient in found if gradient is not None and gradient.numel()]
+
+    def _squares(self, gradients: list[Tensor]) -> Tensor:
+        """The sum of all their squares, float32."""
+        if not gradients:
+            return torch.zeros((), device=next(self.parameters()).device)
+        return torch.stack(torch._foreach_norm(gradients, 2.0, dtype=torch.float32)).square().sum()
 
     @torch.no_grad()
     def step(self, closure: None = None, *, gradient_scale: Tensor | None = None) -> None:  # type: ignore[override]

@@ -4,23 +4,29 @@
     all else   and what is left of the experts is divided over the other ranks by FSDP2 (fully_shard), block by block
 
 Every rank has sequences of its own. Parameters, gradients and moments are float32 and divided; a block's weights are
-gathered in bfloat16 on GPUs just before they are used, gradients are summed in float32. The router's weight and the
-experts form units of their own: the router computes in float32, the experts may lie on a smaller mesh.
+gathered in bfloat16 on GPUs just before they are used, gradients are summed in float32. Shared experts form a unit of
+their own, as they lie on a smaller mesh. The routers' weights are whole on every rank: they are small, and as they
+compute in float32 they would need units of their own, each of which costs the host a millisecond a step and more.
 
 Legend: W ranks, P = expert_parallel; the mesh is [W / P, P].
 """
 
 from __future__ import annotations
 
+import os
+from functools import partial
+
 import torch
 from torch import nn
 
+from kernels.backend import leave_multiprocessors
 from model.errors import ModelError
 from model.network.transformer import Block, Transformer
 from model.train.config import TrainConfig
 from model.train.world import World
 
 COMPUTE = torch.bfloat16  # what products run in on a GPU
+BESIDE = 16  # multiprocessors, of an H100's or H200's 132
 
 
 def build(config: TrainConfig, model: Transformer, world: World) -> Transformer:
@@ -31,7 +37,9 @@ def build(config: TrainConfig, model: Transformer, world: World) -> Transformer:
     """
     model.recompute = config.activation_checkpointing == "block"
     if world.group is not None:
-        _shard(model, config.expert_parallel, world)
+        _shard(model, config, world)
+        if world.device.type == "cuda" and config.expert_parallel == 1:
+            _make_room()
     elif world.device.type == "cuda":
         model.compute_in(COMPUTE)  # the optimizer keeps the bits that are missing to float32
     model.to_empty(device=world.device)
@@ -40,7 +48,7 @@ def build(config: TrainConfig, model: Transformer, world: World) -> Transformer:
     if world.rank:
         torch.manual_seed(config.seed + world.rank)  # noise of its own
     if config.compile and world.device.type == "cuda":
-        _compile(model, whole=world.group is None)
+        _compile(model, config.expert_parallel)
     return model
 
 
@@ -57,37 +65,45 @@ def check(config: TrainConfig, experts: int, size: int) -> None:
         )
 
 
-def _shard(model: Transformer, degree: int, world: World) -> None:
+def _make_room() -> None:
+    """Leave multiprocessors to NCCL, which gathers and reduces beside the products, and let it take no more of them."""
+    most = os.environ.setdefault("NCCL_MAX_CTAS", str(BESIDE))  # read when it makes its first communicator
+    leave_multiprocessors(int(most))
+
+
+def _shard(model: Transformer, config: TrainConfig, world: World) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    kind = world.device.type
+    kind, degree = world.device.type, config.expert_parallel
     everyone = init_device_mesh(kind, (world.size,), mesh_dim_names=("ranks",))
     mesh = init_device_mesh(kind, (world.size // degree, degree), mesh_dim_names=("shards", "experts"))
-    plain = MixedPrecisionPolicy(cast_forward_inputs=False)
-    mixed = plain
+    mixed = MixedPrecisionPolicy(cast_forward_inputs=False)
     if kind == "cuda":
         mixed = MixedPrecisionPolicy(param_dtype=COMPUTE, reduce_dtype=torch.float32, cast_forward_inputs=False)
     shards = world.size // degree
 
     def place(parameter: nn.Parameter) -> Shard:
-        # FSDP divides other dimensions than the first only evenly, and there are few experts to divide.
-        even = (d for d in (1, 2) if parameter.dim() == 3 and parameter.shape[d] % shards == 0)
+        # There may be fewer experts than ranks. FSDP divides other dimensions than the first only evenly, and copies
+        # once more where it does.
+        first = (0,) if degree == 1 else ()
+        even = (d for d in (*first, 1, 2) if parameter.dim() == 3 and parameter.shape[d] % shards == 0)
         return Shard(next(even, 0))
 
+    routers = {parameter for name, parameter in model.named_parameters() if name.endswith("router.weight")}
     for block in model.blocks:
         assert isinstance(block, Block)
         moe = block.moe
         if degree > 1:
             moe.expert_group = mesh["experts"].get_group()
+            moe.expert_chunks = config.expert_parallel_chunks
             for name in ("w1", "v1", "w2"):
                 whole = getattr(moe, name)
                 setattr(moe, name, nn.Parameter(distribute_tensor(whole, mesh["experts"], [Shard(0)])))
-        fully_shard(moe.router, mesh=everyone, mp_policy=plain)
-        fully_shard(moe, mesh=mesh["shards"], mp_policy=mixed, shard_placement_fn=place)
-        fully_shard(block, mesh=everyone, mp_policy=mixed)
-    fully_shard(model, mesh=everyone, mp_policy=mixed)
+            fully_shard(moe, mesh=mesh["shards"], mp_policy=mixed, shard_placement_fn=place, ignored_params=routers)
+        fully_shard(block, mesh=everyone, mp_policy=mixed, shard_placement_fn=place, ignored_params=routers)
+    fully_shard(model, mesh=everyone, mp_policy=mixed, ignored_params=routers)
     register_fsdp_forward_method(model, "hidden")
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -96,11 +112,13 @@ def _shard(model: Transformer, degree: int, world: World) -> None:
             module.set_force_sum_reduction_for_comms(True)
 
 
-def _compile(model: Transformer, *, whole: bool) -> None:
-    """Block by block, so that one compilation serves all; between FSDP's hooks only the parts without any."""
+def _compile(model: Transformer, degree: int) -> None:
+    """Block by block, so that one compilation serves all: the functions that FSDP's hooks are around, not the hooks."""
+    compiled = partial(torch.compile, dynamic=False)
     for block in model.blocks:
         assert isinstance(block, Block)
-        if whole:
-            block.compile(dynamic=False)
+        if degree == 1:
+            block.forward = compiled(block.forward)  # type: ignore[method-assign]
         else:
-            block.attention.compile(dynamic=False)
+            block.attend = compiled(block.attend)  # type: ignore[method-assign]
+            block.moe.router.forward = compiled(block.moe.router.forward)  # type: ignore[method-assign]

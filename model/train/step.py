@@ -84,6 +84,7 @@ def compute_gradients(model: Transformer, optimizer: AdamW, batch: Batch, config
         )
         rows.append(found.loss_N.view(len(part), -1).sum(dim=1))
         assignments_LE += load_LE
+    optimizer.add_up(world.group)
     loss, z_loss, aux_loss, router_z_loss = world.total(sums)
     return Figures(
         loss=loss,
