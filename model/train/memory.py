@@ -134,11 +134,10 @@ def _matrices(config: ModelConfig) -> list[tuple[int, int]]:
     ]
 
 
-def _floats(config: ModelConfig) -> list[tuple[int, int]]:
-    """Rows and columns of a block's router and norms."""
+def _norms(config: ModelConfig) -> list[tuple[int, int]]:
+    """Rows and columns of a block's norms."""
     norms = [(config.width, 1)] * (4 if config.post_norm else 2)
-    norms += [(config.query_width, 1), (config.kv_width, 1)] if config.qk_norm else []
-    return [(config.experts, config.width), *norms]
+    return norms + ([(config.query_width, 1), (config.kv_width, 1)] if config.qk_norm else [])
 
 
 def held(config: ModelConfig, shape: TrainShape) -> Counts:
@@ -154,7 +153,7 @@ def held(config: ModelConfig, shape: TrainShape) -> Counts:
     else:
         part = experts * config.expert_parameters // within
     vocabulary = shard(config.vocab_size, config.width)
-    floats = sum(shard(*size) for size in _floats(config))
+    floats = config.experts * config.width + sum(shard(*size) for size in _norms(config))  # routers are whole
     return Counts(
         dense=sum(shard(*size) for size in _matrices(config)) + floats,
         experts=part,
@@ -180,18 +179,13 @@ def assignments(config: ModelConfig, shape: TrainShape, machine: Machine) -> int
 def kept_per_token(config: ModelConfig, shape: TrainShape) -> dict[str, int]:
     """Bytes a token that one block keeps for backward beside its experts' rows, by what they are."""
     D, qkv = config.width, config.query_width + 2 * config.kv_width
-    # Not compiled, a norm keeps its input in float32.
-    normed = FLOAT if shape.sharded else BF16
     kept = {
-        "block input": normed * D,
+        "block input": BF16 * D,
         "attention's input": BF16 * D,
         "queries, keys, values": BF16 * qkv,
         "attention's result": BF16 * config.query_width + FLOAT * config.heads,
-        "after attention": normed * D,
-        "router's input": FLOAT * D if shape.sharded else 0,
-        "experts' input": 0 if shape.expert_parallel > 1 else BF16 * D,
-        # What dispatch and combine keep: the rows that came back, in float32, before they are weighed.
-        "experts' results": FLOAT * D * config.experts_chosen if shape.expert_parallel > 1 else 0,
+        "after attention": BF16 * D,
+        "experts' and router's input": BF16 * D,
         # Probabilities; of each choice its expert (int64), its weight and the kernels' three maps (int32).
         "router": FLOAT * config.experts + 24 * config.experts_chosen,
     }
@@ -200,8 +194,8 @@ def kept_per_token(config: ModelConfig, shape: TrainShape) -> dict[str, int]:
     if config.qkv_clip is not None:
         kept["what was clipped"] = qkv  # a mask of bytes
     if config.post_norm:
-        kept["before post-normalisation"] = 2 * normed * D
-    elif not shape.sharded:
+        kept["before post-normalisation"] = 2 * BF16 * D
+    else:
         kept["attention's projection"] = BF16 * D
     return kept
 
@@ -240,8 +234,8 @@ def moments(config: ModelConfig, shape: TrainShape, machine: Machine) -> dict[st
     one = kept(config, shape, machine)
     sent = assignments(config, shape, machine) * D if shape.expert_parallel > 1 else 0
     between, again = (stream, one) if blocks else (one, 0)  # kept of a block; made once more in its backward
-    if blocks and not sharded:
-        again -= stream  # the block's input is kept once; where norms widen it to float32, as well
+    if blocks:
+        again -= stream  # the block's input is kept once
     forward, backward = _working(config, shape, machine)
     adding = shape.accumulation > 1
 

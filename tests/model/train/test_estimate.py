@@ -26,6 +26,7 @@ EVEN = H200.model_copy(update={"imbalance": 1.0})
 SMALL = ModelConfig(
     layers=3, width=64, heads=4, kv_heads=2, head_width=16, experts=8, experts_chosen=2, expert_width=32, vocab_size=128
 )
+ROUTERS = 3 * 8 * 64  # which every GPU has whole
 
 configs = st.builds(
     lambda layers, width, heads, experts, chosen, hidden, tied, qk, post, clip: ModelConfig(
@@ -78,8 +79,8 @@ def test_states_of_one_gpu_by_hand() -> None:
 
 def test_states_of_eight_gpus_by_hand() -> None:
     memory = moments(SMALL, TrainShape(gpus=8), H200)["optimizer"]
-    assert (memory.weights, memory.gradients) == (SMALL.parameters * 4 // 8,) * 2
-    assert memory.moments == SMALL.parameters
+    each = (SMALL.parameters + 7 * ROUTERS) // 8
+    assert (memory.weights, memory.moments, memory.gradients) == (4 * each, 8 * each, 4 * each)
 
 
 def test_activations_of_a_block_by_hand() -> None:
@@ -92,9 +93,10 @@ def test_activations_of_a_block_by_hand() -> None:
     assert memory["backward of the last block"].activations == 3 * 30 * token
     checkpointed = moments(SMALL, shape.model_copy(update={"activation_checkpointing": "block"}), H200)
     assert checkpointed["backward of the last block"].activations == 30 * (2 * 2 * 64 + token)
-    # Not compiled, norms keep 2 float32 inputs for 2 bfloat16 ones, the router one more; the projection is not kept.
-    sharded = shape.model_copy(update={"gpus": 8})
-    assert kept(SMALL, sharded, H200) == 30 * (token + 2 * 2 * 64 + 4 * 64 - 2 * 64)
+    assert kept(SMALL, shape.model_copy(update={"gpus": 8}), H200) == 30 * token
+    # Expert parallelism keeps the rows that came, of 64, and none of those that it sent.
+    shared = shape.model_copy(update={"gpus": 8, "expert_parallel": 2})
+    assert kept(SMALL, shared, EVEN) == 30 * (token + 2 * 2 * 64)
 
 
 def test_kernels_keep_what_their_readme_says() -> None:
@@ -111,7 +113,13 @@ def test_every_byte_lies_somewhere(config: ModelConfig, shape: TrainShape) -> No
     shard = held(config, shape).all(config.layers)
     assert shard * shape.gpus >= config.parameters
     # At most a row of each matrix more on the fullest GPU (experts: of each expert's three).
-    rows = config.layers * (9 + 5 * config.width + 3 * config.experts * config.width + 4 * config.query_width)
+    rows = config.layers * (
+        config.experts * config.width
+        + 9
+        + 5 * config.width
+        + 3 * config.experts * config.width
+        + 4 * config.query_width
+    )
     experts = config.layers * (config.expert_parameters if config.experts % shape.gpus else 0)
     assert shard <= ceil(config.parameters / shape.gpus) + rows + 2 * config.width + 1 + experts
 
@@ -119,7 +127,7 @@ def test_every_byte_lies_somewhere(config: ModelConfig, shape: TrainShape) -> No
 @pytest.mark.parametrize("ep", [1, 2, 4, 8])
 def test_expert_parallelism_moves_experts_and_loses_none(ep: int) -> None:
     shape = TrainShape(gpus=8, expert_parallel=ep)
-    assert held(SMALL, shape).all(3) * 8 == SMALL.parameters
+    assert held(SMALL, shape).all(3) * 8 == SMALL.parameters + 7 * ROUTERS
     assert whole(SMALL, shape).experts * ep == whole(SMALL, TrainShape()).experts
 
 
