@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 SHAPES: dict[str, ModelConfig] = {
     "mixtral-3": load_preset("mixtral-8x7b", layers=3),
+    "olmoe-8": load_preset("olmoe", layers=8),
     "olmoe-16": load_preset("olmoe", layers=16),
     "dbrx-2": load_preset("dbrx", layers=2),
 }
@@ -106,6 +107,7 @@ def measure(config: ModelConfig, length: int, flags: argparse.Namespace) -> dict
         global_batch_size=SEQUENCES * flags.gpus,
         loss_chunk=4096,
         expert_parallel=flags.expert_parallel,
+        expert_parallel_chunks=flags.chunks,
         activation_checkpointing=flags.checkpointing,
     )
     with join_world(flags.device) as world:
@@ -147,7 +149,14 @@ def in_processes(case: str, flags: argparse.Namespace) -> tuple[dict[str, Any] |
     """The case's figures, or why there are none."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={flags.gpus}"]
     command += [__file__, "--one", case, "--device", flags.device, "--gpus", str(flags.gpus)]
-    command += ["--steps", str(flags.steps), *["--profile"] * flags.profile, *["--quick"] * flags.quick]
+    command += [
+        "--chunks",
+        str(flags.chunks),
+        "--steps",
+        str(flags.steps),
+        *["--profile"] * flags.profile,
+        *["--quick"] * flags.quick,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
     if done.returncode == 0:
         return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{"))), ""
@@ -188,6 +197,7 @@ def main() -> int:
     parser.add_argument("--cases", default=CASES, help="SHAPE:EXPERT_PARALLEL:none or block, several of them")
     parser.add_argument("--gpus", type=int, help="default: all of this machine")
     parser.add_argument("--steps", type=int, default=8, help="timed steps (count)")
+    parser.add_argument("--chunks", type=int, default=1, help="chunks of expert parallelism (count)")
     parser.add_argument("--profile", action="store_true", help="also print the longest kernels")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, to try the script out")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
