@@ -61,8 +61,9 @@ def counting(what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def done(job: str, status: str, counts: Mapping[str, int]) -> None:
-    """One line: the job, how it ended, what it counted (breakdowns, ``total.part``, are left to the report)."""
-    counted = _counted(counts)
+    """One line: the job, how it ended, what it counted; what is zero, and breakdowns (``total.part``), are left to
+    ops.runs and the report."""
+    counted = _counted({name: n for name, n in counts.items() if n})
     out.print(f"{job}: {status}" + (f" ({counted})" if counted else ""), markup=False)
 
 
