@@ -39,7 +39,7 @@ def run_registration(lake: str, name: str, training: TrainSummary, evaluation: E
 def run(settings: Settings) -> None:
     training = finished(settings.lake, settings.training)
     evaluation = evaluate.run_evaluation(settings.lake, Path(training.checkpoint), settings.evaluate)
-    version = run_registration(settings.lake, settings.name or Path(settings.training).name, training, evaluation)
+    version = run_registration(settings.lake, settings.name or training.name, training, evaluation)
     console.note(f"The model is {version.uri}.")
     console.note(f"Next: lakemoe promote --model {version.name} --lake {settings.lake}")
 

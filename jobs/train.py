@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from jobs.launch import Launcher, is_main, launch
 from jobs.main import main
 from jobs.settings import JobSettings, UsageError
 from model.config import ModelConfig, load_preset
+from model.lake import is_local, local_path
 from model.train.config import TrainConfig
 from model.train.estimate import estimate
 from model.train.machine import MACHINES, MachineName
@@ -75,15 +77,15 @@ def run_training(lake: str, config: TrainConfig) -> TrainSummary:
 
 def planned(settings: Settings) -> tuple[ModelConfig, int, str]:
     """The model and the tokens a sequence that a dry run is about, and where they come from, in words."""
-    from deltalake import DeltaTable
-
     config, lake = settings.train, settings.lake
-    if settings.model is None and DeltaTable.is_deltatable(GOLD_SEQUENCES.uri(lake)):
+    if settings.model is None and (not is_local(lake) or local_path(GOLD_SEQUENCES.uri(lake)).is_dir()):
+        from model.loader.snapshot import NoTableError
         from model.train.plan import model_config, open_data
 
-        data = open_data(lake, config, None)
-        length = data.sequence_length
-        return model_config(lake, config, data), length, f"sequences of {length:,} tokens, as in {settings.lake}"
+        with contextlib.suppress(NoTableError):
+            data = open_data(lake, config, None)
+            source = f"sequences of {data.sequence_length:,} tokens, as in {lake}"
+            return model_config(lake, config, data), data.sequence_length, source
     model = load_preset(settings.model or config.preset, **config.overrides)
     if config.sequence_length is not None:
         return model, config.sequence_length, f"sequences of {config.sequence_length:,} tokens, as set"
@@ -129,6 +131,17 @@ def dry_run(settings: Settings) -> None:
     machine = MACHINES[settings.machine].with_network(settings.network)
     console.note(f"Dry run: {source}; {batch}.")
     print_estimate(estimate(model, how, machine), settings.train.steps)
+    config = settings.train
+    if config.validate_every:
+        # A forward pass is a third of a step.
+        share = (
+            config.validation_sequences
+            / 3
+            / (config.validate_every * how.micro_batch_size * how.accumulation * how.gpus)
+        )
+        console.note(
+            f"Looking at the validation split every {config.validate_every} steps adds about {share:.1%} of time."
+        )
     if settings.assumptions:
         print_assumptions(machine)
 

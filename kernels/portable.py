@@ -74,25 +74,25 @@ def _programs(tile: Tile, most: int, device: torch.device) -> int:
     return max(1, min(most, tile.programs * multiprocessors(device)))
 
 
-def sorted_copy(x: Tensor, routing: Routing) -> Tensor:
+def sorted_copy(x: Tensor, inverse: Tensor) -> Tensor:
     """A copy [N, D] of the rows of x [T, D], each to all of its sorted places; a row's elements lie side by side."""
-    (T, D), N = x.shape, routing.order.shape[0]
+    (T, D), N = x.shape, inverse.shape[0]
     rows = x.new_empty(N, D)
     if N:
         block = min(1024, power_of_two(D))
         grid = (T, triton.cdiv(D, block))
-        copy_kernel[grid](x, routing.inverse, rows, x.stride(0), D, TOP_K=N // T, BLOCK=block)
+        copy_kernel[grid](x, inverse, rows, x.stride(0), D, TOP_K=N // T, BLOCK=block)
     return rows
 
 
-def combined(rows: Tensor, weight: Tensor | None, routing: Routing, top_k: int) -> Tensor:
+def combined(rows: Tensor, weight: Tensor | None, inverse: Tensor, top_k: int) -> Tensor:
     """[T, D] of contiguous rows [N, D]: each token's added up, weighed where there is a weight [T, K]."""
     N, D = rows.shape
     y = rows.new_empty(N // top_k, D)
     if N:
         block = min(1024, power_of_two(D))
         combine_kernel[(N // top_k, triton.cdiv(D, block))](
-            rows, weight, routing.inverse, y, D, TOP_K=top_k, WEIGHTED=weight is not None, BLOCK=block
+            rows, weight, inverse, y, D, TOP_K=top_k, WEIGHTED=weight is not None, BLOCK=block
         )
     return y
 
@@ -106,7 +106,7 @@ class Tokens:
 
     def sorted(self) -> Tensor:
         if self._sorted is None:
-            self._sorted = sorted_copy(self.x, self._routing)
+            self._sorted = sorted_copy(self.x, self._routing.inverse)
         return self._sorted
 
 
@@ -171,7 +171,7 @@ class Portable:
 
     def combined(self, rows: Tensor, weight: Tensor | None) -> Tensor:
         """[T, D]: each token's rows added up, weighed where there is a weight [T, K]."""
-        return combined(rows, weight, self.routing, self.top_k)
+        return combined(rows, weight, self.routing.inverse, self.top_k)
 
     def _rows(
         self,

@@ -11,19 +11,25 @@ import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pyarrow as pa
 from pyarrow import fs
 
 from model.errors import ModelError
 from model.files import write_json
-from model.loader.store import first_line, open_filesystem, raise_if_denied
+from model.loader.store import ATTEMPTS, first_line, open_filesystem, raise_if_denied
 from pipelines.tables import tokenizer_uri
 
 
 def is_local(lake: str) -> bool:
     """Whether the lake is a folder of this machine."""
     return "://" not in lake or lake.startswith("file://")
+
+
+def local_path(lake: str) -> Path:
+    """Of a local lake, or of a file of it: a path, or a file:// URI with escapes."""
+    return Path(unquote(lake.removeprefix("file://"))) if lake.startswith("file://") else Path(lake)
 
 
 def tokenizer_file(lake: str, tokenizer_id: str) -> Path:
@@ -39,7 +45,7 @@ def tokenizer_file(lake: str, tokenizer_id: str) -> Path:
     if hashlib.sha256(content).hexdigest() != tokenizer_id:
         raise ModelError(f"{uri} was changed: its sha256 is not its name; restore the file.")
     if is_local(lake):
-        return Path(uri.removeprefix("file://"))
+        return local_path(uri)
     path = Path(_copies().name, f"{tokenizer_id}.json")
     path.write_bytes(content)
     return path
@@ -53,7 +59,7 @@ def _copies() -> tempfile.TemporaryDirectory[str]:
 def read_file(uri: str) -> bytes | None:
     """A small file's content; None where there is none. Errors: ModelError, 75 where the store does not answer."""
     try:
-        filesystem, path = open_filesystem(uri, {})
+        filesystem, path = open_filesystem(uri, {}, ATTEMPTS)
         if filesystem.get_file_info(path).type != fs.FileType.File:
             return None
         with filesystem.open_input_file(path) as file:
@@ -72,12 +78,12 @@ def keep(lake: str, name: str, value: dict[str, Any]) -> None:
     """Write a JSON file of the lake, whole or not at all. Errors: as of read_file."""
     uri = f"{lake.rstrip('/')}/{name}"
     if is_local(lake):
-        path = Path(uri.removeprefix("file://"))
+        path = local_path(uri)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, value)
         return
     try:
-        filesystem, path_there = open_filesystem(uri, {})
+        filesystem, path_there = open_filesystem(uri, {}, ATTEMPTS)
         with filesystem.open_output_stream(path_there) as file:  # an object is there once it is whole
             file.write(json.dumps(value, indent=2, sort_keys=True).encode())
     except (OSError, pa.ArrowException) as error:
@@ -85,5 +91,5 @@ def keep(lake: str, name: str, value: dict[str, Any]) -> None:
 
 
 def _told(uri: str, done: str, error: BaseException) -> ModelError:
-    raise_if_denied(uri, error)
+    raise_if_denied(uri, error, done)
     return ModelError(f"{uri} could not be {done} ({first_line(error)}); look after the store and run again.", 75)

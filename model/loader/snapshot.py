@@ -41,6 +41,10 @@ _OPENERS = 16  # files looked at at once
 Ints = npt.NDArray[np.int64]
 
 
+class NoTableError(ModelError):
+    """There is no gold.sequences."""
+
+
 class EmptySplitError(ModelError):
     """The table is there, and has no sequence in the split."""
 
@@ -285,7 +289,7 @@ def _open(uri: str, version: int | None, options: Mapping[str, str] | None) -> D
     try:
         return DeltaTable(uri, version=version, storage_options=dict(options) if options else None)
     except TableNotFoundError:
-        raise ModelError(
+        raise NoTableError(
             f"There is no table {GOLD_SEQUENCES.name} at {uri}; run the pipeline up to pack first."
         ) from None
     except (DeltaError, OSError) as error:

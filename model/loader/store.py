@@ -195,11 +195,11 @@ def raise_if_lasting(what: str, error: BaseException) -> None:
     raise_if_denied(what, error)
 
 
-def raise_if_denied(what: str, error: BaseException) -> None:
+def raise_if_denied(what: str, error: BaseException, done: str = "read") -> None:
     """Raises ModelError (1) where a store refuses to answer us."""
     if isinstance(error, PermissionError) or any(word in str(error) for word in _DENIED):
         raise ModelError(
-            f"{what} may not be read ({first_line(error)}); give the right to read it, or credentials that have it."
+            f"{what} may not be {done} ({first_line(error)}); give the right to it, or credentials that have it."
         ) from error
 
 
@@ -210,8 +210,11 @@ def chunks(footer: pq.FileMetaData, group: int, columns: Sequence[str]) -> list[
     return [chunk for chunk in every if chunk.path_in_schema.split(".")[0] in columns]
 
 
-def open_filesystem(uri: str, options: Mapping[str, str]) -> tuple[fs.FileSystem, str]:
-    """pyarrow's file system for a path or URI, and the path within it without a trailing slash."""
+def open_filesystem(uri: str, options: Mapping[str, str], attempts: int = 1) -> tuple[fs.FileSystem, str]:
+    """pyarrow's file system for a path or URI, and the path within it without a trailing slash.
+
+    attempts: of each request to S3, by the client itself; the others' clients have their own number.
+    """
     if "://" not in uri:
         return fs.LocalFileSystem(use_mmap=True), str(Path(uri).absolute())
     scheme, _, path = uri.partition("://")
@@ -236,8 +239,8 @@ def open_filesystem(uri: str, options: Mapping[str, str]) -> tuple[fs.FileSystem
             region=region or (None if endpoint.netloc else fs.resolve_s3_region(path.partition("/")[0])),
             endpoint_override=endpoint.netloc or None,
             scheme=endpoint.scheme or "https",
-            # All that is tried again is tried here, bodies that are cut short as well.
-            retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=1),
+            # Store tries again itself, bodies that are cut short as well.
+            retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=attempts),
             connect_timeout=10,
             request_timeout=30,
         ), path

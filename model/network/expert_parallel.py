@@ -63,24 +63,23 @@ def expert_parallel_moe(
     sent_CP, received_CP = torch.stack((sent_PCH.sum(2), received_PCH.sum(2))).transpose(1, 2).tolist()
     travelling = []
     for x, weight_TK, routing, sent, received in zip(parts[0], parts[2], routings, sent_CP, received_CP, strict=True):
-        rows = permute(x, routing)
-        weight_N = weight_TK.float().flatten()[routing.order]
-        travelling.append(_exchange((rows, weight_N), received, sent, group))
+        rows = permute(x, routing.inverse), permute(weight_TK.float().reshape(-1, 1), routing.inverse)
+        travelling.append(_exchange(rows, received, sent, group, beside=chunks > 1))
     # Of each sending rank the rows come sorted by expert.
     experts_PH = torch.arange(here, device=x_TD.device).repeat(ranks)
     returning = []
-    for number, (arrived, (x_RD, weight_R)) in enumerate(travelling):
+    for number, (arrived, (x_RD, weight_R1)) in enumerate(travelling):
         sent, received = sent_CP[number], received_CP[number]
         counts = received_PCH[:, number].flatten()
         expert_R = experts_PH.repeat_interleave(counts, output_size=sum(received))
         _wait(arrived)
-        y_RD = dropless_moe(x_RD, expert_R[:, None], weight_R[:, None], w1, v1, w2, activation=activation)
-        returning.append(_exchange((y_RD,), sent, received, group))
+        y_RD = dropless_moe(x_RD, expert_R[:, None], weight_R1, w1, v1, w2, activation=activation)
+        returning.append(_exchange((y_RD,), sent, received, group, beside=chunks > 1))
     del travelling
     out = []
     for routing, (arrived, (y_ND,)) in zip(routings, returning, strict=True):
         _wait(arrived)
-        out.append(unpermute(y_ND, routing, K))
+        out.append(unpermute(y_ND, routing.inverse, K))
     return torch.cat(out)
 
 
@@ -108,14 +107,14 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def _exchange(
-    tensors: tuple[Tensor, ...], output: list[int], input: list[int], group: ProcessGroup
+    tensors: tuple[Tensor, ...], output: list[int], input: list[int], group: ProcessGroup, *, beside: bool
 ) -> tuple[torch.cuda.Event | None, tuple[Tensor, ...]]:
-    """All-to-alls of each, on the communication's stream behind all that was asked for so far; and when they are done.
+    """All-to-alls of each, and when they are done where that is not at once.
 
-    On a CPU they are done at once.
+    beside: on a GPU, on the communication's stream, behind all that was asked for so far.
     """
     device = tensors[0].device
-    if device.type != "cuda":
+    if not beside or device.type != "cuda":
         return None, tuple(_AllToAll.apply(x, output, input, group) for x in tensors)
     main, side = torch.cuda.current_stream(device), _side_stream(device)
     side.wait_stream(main)

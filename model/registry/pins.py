@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from deltalake import DeltaTable
 from deltalake.exceptions import TableNotFoundError
+from mlflow import MlflowClient
+from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
 from model.errors import ModelError
@@ -15,6 +17,7 @@ from model.registry.register import PREFIX
 from model.registry.store import connect, has_store, lake_folder
 from model.train.config import TRAININGS
 from model.train.journal import read_run
+from model.train.tracking import OUTPUT_TAG
 from pipelines.tables import GOLD_SEQUENCES, table_uri
 
 
@@ -28,8 +31,9 @@ class Pin:
 
 
 def pins(lake: str) -> Iterator[Pin]:
-    """The pins of every registered version and unfinished training of a lake; those with an output elsewhere not.
+    """The pins of every registered version and unfinished training of a lake.
 
+    Of trainings whose output is elsewhere MLflow knows: a run that is not finished, until it is deleted.
     Raises ModelError (exit code 75) where MLflow cannot be asked.
     """
     tag = PREFIX + GOLD_SEQUENCES.name
@@ -39,7 +43,9 @@ def pins(lake: str) -> Iterator[Pin]:
         return
     if has_store(lake):
         try:
-            found = connect(lake, create=False).search_model_versions()
+            client = connect(lake, create=False)
+            found = client.search_model_versions()
+            elsewhere = _unfinished(client, table_id)
         except MlflowException as error:
             raise ModelError(f"MLflow cannot say who needs old data ({error}); start it and run again.", 75) from error
         for version in found:
@@ -47,9 +53,26 @@ def pins(lake: str) -> Iterator[Pin]:
             if version.tags.get(f"{tag}.table_id") == table_id:
                 holder = f"The model {version.name} version {version.version}"
                 yield Pin(holder=holder, table=GOLD_SEQUENCES.name, version=int(version.tags[f"{tag}.version"]))
+        for run in elsewhere:
+            holder = f"The training {run.info.run_name} in {run.data.tags[OUTPUT_TAG]}, which is not finished,"
+            yield Pin(holder=holder, table=GOLD_SEQUENCES.name, version=int(run.data.tags["lakemoe.data.version"]))
     folder = lake_folder(lake) / TRAININGS if is_local(lake) else None
     for training in sorted(folder.iterdir()) if folder and folder.is_dir() else ():
         record = read_run(training)
         if record is not None and not record.get("logged"):
             holder = f"The training {training.name}, which is not finished,"
             yield Pin(holder=holder, table=GOLD_SEQUENCES.name, version=int(record["data"]["version"]))
+
+
+def _unfinished(client: MlflowClient, table_id: str) -> list[Run]:
+    """Runs of trainings on a table, with outputs elsewhere, that are not finished."""
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    query = f"tags.`lakemoe.data.table_id` = '{table_id}' and attributes.status != 'FINISHED'"
+    found, token = [], None
+    while experiments:
+        page = client.search_runs(experiments, query, page_token=token)
+        found += [run for run in page if OUTPUT_TAG in run.data.tags]
+        token = page.token
+        if not token:
+            break
+    return found

@@ -14,7 +14,7 @@ import mlflow
 from mlflow import MlflowClient
 
 from model.errors import ModelError
-from model.lake import is_local
+from model.lake import is_local, local_path
 
 EXPERIMENT = "lakemoe"
 
@@ -23,7 +23,7 @@ def lake_folder(lake: str) -> Path:
     """The local folder of a lake, absolute. Errors: ModelError (2) for an object store."""
     if not is_local(lake):
         raise ModelError(f"The lake {lake} is no local folder to keep MLflow's store in; set MLFLOW_TRACKING_URI.", 2)
-    return Path(lake.removeprefix("file://")).resolve()
+    return local_path(lake).resolve()
 
 
 def tracking_uri(lake: str) -> str:

@@ -10,7 +10,7 @@ from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError, TableNotFoundError
 from pyarrow import fs
 
-from model.loader.store import open_filesystem
+from model.loader.store import ATTEMPTS, open_filesystem
 
 
 def read_rows(uri: str) -> list[dict[str, Any]]:
@@ -45,4 +45,4 @@ def missing(uri: str, version: int, table_id: str | None = None) -> str | None:
 
 
 def _filesystem(uri: str) -> tuple[fs.FileSystem, str]:
-    return open_filesystem(uri if "://" in uri else unquote(uri), {})
+    return open_filesystem(uri if "://" in uri else unquote(uri), {}, ATTEMPTS)

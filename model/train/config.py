@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from model.device import DeviceName
 from model.errors import ModelError
-from model.lake import is_local
+from model.lake import is_local, local_path
 from model.loader.mixture import Phase
 
 # The folder of a lake that trainings write to.
@@ -54,7 +54,7 @@ class TrainConfig(BaseModel):
     )
     expert_parallel: int = Field(1, ge=1, description="neighbouring processes that share the experts among them")
     expert_parallel_chunks: int = Field(
-        1, ge=1, description="parts of a batch whose experts compute while another's rows travel, on slow networks"
+        1, ge=1, description="parts of a batch whose experts compute while another's rows travel; slower on one host"
     )
     activation_checkpointing: Literal["none", "block"] = Field(
         "none", description="block: keep each block's input alone and compute the rest of it again for backward"
@@ -70,10 +70,10 @@ class TrainConfig(BaseModel):
     tokenizer_id: str | None = Field(None, description="edition of gold.sequences; needed where there are several")
     sequence_length: int | None = Field(None, ge=2, description="edition of gold.sequences (tokens a sequence)")
     validate_every: int = Field(
-        100, ge=0, description="steps between looks at the validation split, as at the end (0: none)"
+        200, ge=0, description="steps between looks at the validation split, as at the end (0: none)"
     )
     validation_sequences: int = Field(
-        256, ge=1, description="sequences of the validation split that are looked at, the same each time"
+        128, ge=1, description="sequences of the validation split that are looked at, the same each time"
     )
     checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="checkpoints kept, the newest")
@@ -91,7 +91,7 @@ class TrainConfig(BaseModel):
                 f"The lake {lake} is no local folder; name a local one as train.output, or the training by its folder.",
                 2,
             )
-        return Path(lake.removeprefix("file://")) / TRAININGS / self.name
+        return local_path(lake) / TRAININGS / self.name
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -128,6 +128,7 @@ class TrainSummary:
     """A finished training. checkpoint: the final one's folder; final_loss: of the last step (nats a token);
     tokens: seen in all; seconds: spent in steps, over all restarts."""
 
+    name: str
     checkpoint: str
     step: int
     mlflow_run_id: str

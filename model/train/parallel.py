@@ -36,10 +36,9 @@ def build(config: TrainConfig, model: Transformer, world: World) -> Transformer:
     whether the ranks fit the model.
     """
     model.recompute = config.activation_checkpointing == "block"
+    _make_room(world.device.type == "cuda" and world.group is not None and config.expert_parallel == 1)
     if world.group is not None:
         _shard(model, config, world)
-        if world.device.type == "cuda" and config.expert_parallel == 1:
-            _make_room()
     elif world.device.type == "cuda":
         model.compute_in(COMPUTE)  # the optimizer keeps the bits that are missing to float32
     model.to_empty(device=world.device)
@@ -65,10 +64,14 @@ def check(config: TrainConfig, experts: int, size: int) -> None:
         )
 
 
-def _make_room() -> None:
-    """Leave multiprocessors to NCCL, which gathers and reduces beside the products, and let it take no more of them."""
-    most = os.environ.setdefault("NCCL_MAX_CTAS", str(BESIDE))  # read when it makes its first communicator
-    leave_multiprocessors(int(most))
+def _make_room(beside: bool) -> None:
+    """Leave multiprocessors to NCCL, where it gathers and reduces beside the products, and let it take no more of them.
+
+    Who sets NCCL_MAX_CTAS decides how many it takes, and by that nothing about what is left to it.
+    """
+    leave_multiprocessors(BESIDE if beside else 0)
+    if beside:
+        os.environ.setdefault("NCCL_MAX_CTAS", str(BESIDE))  # read when it makes its first communicator
 
 
 def _shard(model: Transformer, config: TrainConfig, world: World) -> None:
@@ -121,4 +124,5 @@ def _compile(model: Transformer, degree: int) -> None:
             block.forward = compiled(block.forward)  # type: ignore[method-assign]
         else:
             block.attend = compiled(block.attend)  # type: ignore[method-assign]
+            block.add = compiled(block.add)  # type: ignore[method-assign]
             block.moe.router.forward = compiled(block.moe.router.forward)  # type: ignore[method-assign]

@@ -13,7 +13,7 @@ from model.lake import tokenizer_file
 from model.loader.snapshot import Snapshot, open_sequences
 from model.network.generate import load_tokenizer
 from model.train.config import TrainConfig, TrainSummary
-from model.train.journal import read_run, write_run
+from model.train.journal import RUN, read_run, write_run
 
 CHECKPOINTS = "checkpoints"
 
@@ -39,6 +39,7 @@ def plan(lake: str, config: TrainConfig, code_version: str | None) -> tuple[dict
         return record, snapshot
     record = {
         "training_id": uuid.uuid4().hex,
+        "name": config.name,
         "mlflow_run_id": None,
         "settings": config.identity(),
         "code_version": code_version,
@@ -56,7 +57,9 @@ def finished(lake: str, training: str) -> TrainSummary:
 
     Errors: ModelError (2) where there is none.
     """
-    output = Path(training) if os.sep in training else TrainConfig(name=training).output_folder(lake)
+    folder = Path(training)
+    is_folder = os.sep in training or (folder / RUN).is_file()
+    output = folder if is_folder else TrainConfig(name=training).output_folder(lake)
     record = read_run(output)
     if record is None or not record.get("logged"):
         raise ModelError(f"{output} holds no finished training: run lakemoe train, or name another training.", 2)
@@ -68,7 +71,8 @@ def summary(output: Path, record: dict[str, Any]) -> TrainSummary:
     folder = output / CHECKPOINTS / record["final"]
     if not folder.is_dir():
         raise ModelError(f"The finished training's checkpoint {folder} is gone; restore it or name another training.")
-    return TrainSummary(**{**record["summary"], "checkpoint": str(folder)})
+    known = {"checkpoint": str(folder), "name": record.get("name") or output.resolve().name}
+    return TrainSummary(**{**record["summary"], **known})
 
 
 def open_data(lake: str, config: TrainConfig, record: dict[str, Any] | None) -> Snapshot:

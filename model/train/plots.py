@@ -16,22 +16,23 @@ _POINTS = 1000  # across a picture, at most; each is the mean of the steps that 
 def figures(lines: Iterable[dict[str, Any]], steps: int) -> dict[str, Figure]:
     """losses.png and experts.png by their names. steps: in all; the lines are read once and not kept."""
     width = -(-steps // _POINTS)
-    means: dict[str, dict[int, list[Any]]] = defaultdict(lambda: defaultdict(list))
+    sums: dict[str, dict[int, tuple[int, Any]]] = defaultdict(dict)
     validation: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for line in lines:
         point = (line["step"] - 1) // width
         for name, value in line.items():
             if name == "loss" or name.startswith("loss/") or name == "expert_load_max":
-                means[name][point].append(value)
+                count, total = sums[name].get(point, (0, 0.0))
+                sums[name][point] = (count + 1, total + np.asarray(value))
             elif name.startswith("validation_loss"):
                 validation[name].append((line["step"], value))
 
     def curve(name: str) -> tuple[list[float], list[Any]]:
-        points = sorted(means[name])
-        return [(point + 0.5) * width for point in points], [np.mean(means[name][p], axis=0) for p in points]
+        points = sorted(sums[name])
+        return [(point + 0.5) * width for point in points], [sums[name][p][1] / sums[name][p][0] for p in points]
 
     return {
-        "losses.png": _losses({name: curve(name) for name in sorted(means) if name != "expert_load_max"}, validation),
+        "losses.png": _losses({name: curve(name) for name in sorted(sums) if name != "expert_load_max"}, validation),
         "experts.png": _experts(*curve("expert_load_max")),
     }
 

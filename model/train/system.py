@@ -7,8 +7,8 @@ the first one's alone. A GPU's need nvidia-ml-py, which the extra ``gpu`` instal
 
 from __future__ import annotations
 
-import contextlib
 import time
+from collections.abc import Callable
 
 import psutil
 from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
@@ -21,14 +21,28 @@ INTERVAL = 10.0  # seconds between samples, MLflow's own default
 
 
 class SystemMetrics:
-    """system/cpu_utilization_percentage, system/gpu_0_power_usage_watts and so on."""
+    """system/cpu_utilization_percentage, system/gpu_0_power_usage_watts and so on, of the main process alone.
 
-    def __init__(self) -> None:
-        self._monitors: list[BaseMetricsMonitor] = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
-        with contextlib.suppress(ImportError, RuntimeError):  # no nvidia-ml-py, or no GPU
-            self._monitors.append(GPUMonitor())
+    A monitor that fails is said once and left out: the training goes on.
+    """
+
+    def __init__(self, main: bool, say: Callable[[str], None]) -> None:
+        self._monitors: list[BaseMetricsMonitor] = []
+        self._say = say
+        kinds: tuple[type[BaseMetricsMonitor], ...] = (CPUMonitor, DiskMonitor, NetworkMonitor, GPUMonitor)
+        for kind in kinds if main else ():
+            try:
+                self._monitors.append(kind())
+            except (ImportError, RuntimeError) as error:  # no nvidia-ml-py, or no GPU
+                if kind is not GPUMonitor:
+                    self._left_out(kind, error)
+            except Exception as error:  # what a restricted /proc gives
+                self._left_out(kind, error)
         psutil.cpu_percent()  # each call tells of the time since the one before
         self._next = time.monotonic() + INTERVAL
+
+    def _left_out(self, kind: type[BaseMetricsMonitor], error: Exception) -> None:
+        self._say(f"no metrics of {kind.__name__} ({error})")
 
     def line(self) -> dict[str, float]:
         """The metrics where the last ones are INTERVAL seconds old, else none."""
@@ -36,8 +50,12 @@ class SystemMetrics:
             return {}
         self._next = time.monotonic() + INTERVAL
         found: dict[str, float] = {}
-        for monitor in self._monitors:
-            monitor.collect_metrics()
-            found |= {f"system/{name}": float(value) for name, value in monitor.aggregate_metrics().items()}
-            monitor.clear_metrics()
+        for monitor in list(self._monitors):
+            try:
+                monitor.collect_metrics()
+                found |= {f"system/{name}": float(value) for name, value in monitor.aggregate_metrics().items()}
+                monitor.clear_metrics()
+            except Exception as error:
+                self._monitors.remove(monitor)
+                self._left_out(type(monitor), error)
         return found

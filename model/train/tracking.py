@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -31,6 +32,7 @@ from model.train.journal import Journal
 from model.train.plots import figures
 
 TRAINING_TAG = "lakemoe.training_id"
+OUTPUT_TAG = "lakemoe.output"  # of a training whose folder is not in its lake
 ANCHOR = "loss"  # the metric whose last step says how far MLflow got
 METRICS_A_CALL = 1000  # MLflow's limit
 LAYER_METRICS = ("expert_load_max", "layer_entropy", "layer_dead_experts")  # tokens an expert stay in the journal
@@ -59,6 +61,8 @@ class Tracking:
 
     def _create(self, config: TrainConfig, training_id: str) -> str:
         tags = {TRAINING_TAG: training_id, "lakemoe.version": _code_version()}
+        if config.output is not None:
+            tags[OUTPUT_TAG] = str(Path(config.output).absolute())
         run = self._client.create_run(self._experiment_id, run_name=config.name, tags=tags)
         return str(run.info.run_id)
 

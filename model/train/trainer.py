@@ -177,7 +177,7 @@ def _run(
         background.callback(writer.settle)
         tokens_a_step = config.global_batch_size * snapshot.sequence_length
         validation = open_validation(snapshot, config, world, say) if config.validate_every else None
-        speed, system = Speed(model.config, snapshot.sequence_length, world), SystemMetrics()
+        speed, system = Speed(model.config, snapshot.sequence_length, world), SystemMetrics(world.main, say)
         batches = iter(loader)
         background.callback(batches.close)
         while position.step < config.steps:
@@ -203,8 +203,8 @@ def _run(
             took = time.perf_counter() - started
             position.seconds += took
             line |= {"learning_rate": rate, "skipped": int(bool(trouble)), **speed.line(tokens_a_step, took)}
-            if validation and config.validates(position.step) and not stopping:
-                line |= validation.losses(model)
+            if validation and config.validates(position.step) and (not stopping or position.step == config.steps):
+                line |= validation.losses(model, stop)
             if world.main:
                 journal.append({"step": position.step, "time": int(time.time() * 1000), **line, **system.line()})
             progress.step(position.step, line)
@@ -231,6 +231,7 @@ def _run(
                 )
         folder = writer.wait() or (found.folder if found else output / CHECKPOINTS)
     return TrainSummary(
+        name=config.name,
         checkpoint=str(folder),
         step=position.step,
         mlflow_run_id=record["mlflow_run_id"],

@@ -8,6 +8,8 @@ Shapes: n sequences of this rank, S tokens a sequence.
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -43,17 +45,28 @@ class Validation:
         self._domain_n = torch.as_tensor(numbers, dtype=torch.int64, device=world.device)
 
     @torch.no_grad()
-    def losses(self, model: Transformer) -> dict[str, float]:
-        """validation_loss (nats a target) and, of several domains, validation_loss/DOMAIN; the same on every rank."""
+    def losses(self, model: Transformer, stop: threading.Event | None = None) -> dict[str, float]:
+        """validation_loss (nats a target) and, of several domains, validation_loss/DOMAIN; the same on every rank.
+
+        With validation_seconds, which are no part of the steps'. Nothing where any rank was told to stop meanwhile.
+        """
+        began = time.perf_counter()
         model.eval()
-        device = self._world.device
-        of_rows_2n = torch.cat([_row_losses(model, to_device(batch, device)) for batch in self._batches], dim=1)
+        device, of_rows = self._world.device, []
+        for batch in self._batches:
+            asked = float(stop is not None and stop.is_set())
+            if stop is not None and self._world.total(torch.tensor(asked, device=device)) > 0:
+                break
+            of_rows.append(_row_losses(model, to_device(batch, device)))
         _let_go(model)
-        counted_2n = of_rows_2n[:, : len(self._domain_n)]
+        if len(of_rows) < len(self._batches):
+            return {}
+        counted_2n = torch.cat(of_rows, dim=1)[:, : len(self._domain_n)]
         sums_2D = torch.zeros(2, len(self._domains), dtype=torch.float64, device=device)
         sums_2D.index_add_(1, self._domain_n, counted_2n)
         losses, targets = self._world.total(sums_2D).tolist()
         found = {"validation_loss": sum(losses) / max(1.0, sum(targets))}
+        found["validation_seconds"] = time.perf_counter() - began
         if len(self._domains) > 1:
             of_domains = zip(self._domains, losses, targets, strict=True)
             found |= {f"validation_loss/{name}": loss / count for name, loss, count in of_domains if count}
@@ -84,7 +97,10 @@ def _row_losses(model: Transformer, batch: Batch) -> torch.Tensor:
 
 
 def _let_go(model: Transformer) -> None:
-    """The gathered weights that FSDP keeps for a backward pass, which does not come."""
+    """The gathered weights that FSDP keeps for a backward pass, which does not come.
+
+    It remembers the order of that forward, too, until the next backward has ended: which first gathers one block early.
+    """
     from torch.distributed.fsdp import FSDPModule
 
     if isinstance(model, FSDPModule):

@@ -40,15 +40,17 @@ def test_each_is_the_others_gradient_and_plain_indexing(
         return (whole[:, ::2] if strided else whole[:, :width].contiguous()).requires_grad_()
 
     x, rows = draw(tokens), draw(tokens * top_k)
-    permuted = permute(x, routing)
+    permuted = permute(x, routing.inverse)
     assert torch.equal(permuted, x[routing.token.long()])
-    added = unpermute(rows, routing, top_k)
+    added = unpermute(rows, routing.inverse, top_k)
     torch.testing.assert_close(added, rows[routing.inverse.long()].view(tokens, top_k, width).sum(1))
     if not tokens:
         return
     dx, drows = torch.autograd.grad([permuted, added], [x, rows], [rows.detach(), x.detach()])
-    assert torch.equal(dx, unpermute(rows.detach(), routing, top_k))
-    assert torch.equal(drows, permute(x.detach(), routing))
+    assert torch.equal(dx, unpermute(rows.detach(), routing.inverse, top_k))
+    assert torch.equal(drows, permute(x.detach(), routing.inverse))
+    # Rows of assignments go to the same places.
+    assert torch.equal(permute(rows.detach(), routing.inverse), rows.detach()[routing.order.long()])
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -56,4 +58,4 @@ def test_sums_are_of_float32(device: str) -> None:
     routing = chosen(64, 8, 8, 0, device)
     rows = (torch.full((512, 16), 2.0**-9) + torch.eye(512, 16)).to(device, torch.bfloat16)
     expected = rows[routing.inverse.long()].view(64, 8, 16).float().sum(1).to(torch.bfloat16)
-    assert torch.equal(unpermute(rows, routing, 8), expected)
+    assert torch.equal(unpermute(rows, routing.inverse, 8), expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,15 @@ def test_ranks_share_the_sequences_and_count_each_once(
         if targets[number]:
             assert losses[number] / targets[number] == pytest.approx(whole[f"validation_loss/{domain}"], rel=1e-6)
     assert len(passes) == 1, "ranks gather weights in every pass, so they need the same number of them"
+
+
+def test_who_is_told_to_stop_does_not_look_to_the_end(write_sequences: WriteSequences) -> None:
+    split = open_sequences(write_sequences(validation=7), split="validation")
+    model = Transformer(ModelConfig(**SMALLEST, vocab_size=261))
+    validation, stop = Validation(split, 7, 2, World(device=model.device)), threading.Event()
+    assert validation.losses(model, stop)["validation_seconds"] > 0
+    stop.set()
+    assert validation.losses(model, stop) == {}
 
 
 def test_a_split_without_sequences_is_said_once_and_no_error(write_sequences: WriteSequences) -> None:
