@@ -27,6 +27,9 @@ from pipelines.java import java_home
 # What Spark generates for its queries fills the default code cache (240 MB) of a session that lives long, and a JVM
 # that must throw out code is several times slower.
 _JAVA_OPTIONS = "-XX:ReservedCodeCacheSize=512m -Dlog4j2.level=ERROR -Divy.message.logger.level=0"
+# Of a local run: the JVM's first compiler alone. Reading and counting text is Python's, and what the second one would
+# make faster does not pay for its work, up to 300 MB and more (benchmarks/README.md, "The pipeline beside datatrove").
+_LOCAL_JAVA_OPTIONS = "-XX:TieredStopAtLevel=1"
 
 
 # What the JVM says where another try cannot help: a file or folder of its own that it cannot make.
@@ -69,11 +72,13 @@ def spark_session(
     # Tables are named by their path in a lake: Spark's own warehouse stays empty, and out of the working directory.
     warehouse = tempfile.mkdtemp(prefix="lakemoe-warehouse-")
     atexit.register(shutil.rmtree, warehouse, ignore_errors=True)
+    master = os.environ.get("LAKEMOE_SPARK_MASTER", "local[*]")
+    java_options = os.environ.get("LAKEMOE_JAVA_OPTIONS", _LOCAL_JAVA_OPTIONS if master.startswith("local") else "")
     cores = os.cpu_count() or 2
     partitions = str(shuffle_partitions or max(2, cores))
     builder = (
         SparkSession.builder.appName(app_name)
-        .master(os.environ.get("LAKEMOE_SPARK_MASTER", "local[*]"))
+        .master(master)
         .config("spark.sql.extensions", "io.delta.sql.DeltaSparkSessionExtension")
         .config("spark.sql.catalog.spark_catalog", "org.apache.spark.sql.delta.catalog.DeltaCatalog")
         .config("spark.sql.warehouse.dir", warehouse)
@@ -97,7 +102,7 @@ def spark_session(
         .config("spark.buffer.pageSize", "2m")
         .config("spark.sql.sources.parallelPartitionDiscovery.parallelism", "2")
         .config("spark.sql.adaptive.coalescePartitions.enabled", "true")
-        .config("spark.driver.extraJavaOptions", _JAVA_OPTIONS)
+        .config("spark.driver.extraJavaOptions", f"{_JAVA_OPTIONS} {java_options}".strip())
         .config("spark.log.level", "ERROR")
     )
     for key, value in of_jars.items():
