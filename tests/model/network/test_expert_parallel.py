@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
-from tests.model.train.test_parallel import free_port
+from tests.model.ranks import run_ranks
 
 # One rank: its own tokens, its share of the experts. Every rank draws all of it, so that each can compute the whole.
 PROGRAM = """
@@ -75,21 +71,4 @@ dist.destroy_process_group()
     ],
 )
 def test_results_and_gradients_are_the_whole_layers(device: str, size: int) -> None:
-    common = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    common |= {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, device],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(size)
-    ]
-    try:
-        said = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * size, said[0][-3000:]
+    run_ranks(size, PROGRAM, device)

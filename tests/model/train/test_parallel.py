@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +16,7 @@ from model.errors import ModelError
 from model.train.config import TrainConfig
 from model.train.parallel import check
 from tests.model.conftest import SMALLEST, WriteSequences
+from tests.model.ranks import free_port, run_ranks
 
 MODEL: dict[str, Any] = {**SMALLEST, "router_bias_rate": 0.01, "router_z_loss_weight": 1e-3}
 # Trains one after the other in the same processes, each time as a new world.
@@ -39,35 +35,8 @@ for settings in json.loads(sys.argv[1]):
 def train_in(size: int, trainings: Sequence[dict[str, Any]], uri: str) -> None:
     """Run trainings in so many processes, as torchrun would start them."""
     trainings = [{**settings, "port": free_port()} for settings in trainings]
-    common = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MLFLOW_TRACKING_URI": uri}
-    common |= {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, json.dumps(trainings)],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(size)
-    ]
-    try:
-        # As torchrun does: where one fails, the others would wait for it.
-        while any(p.poll() is None for p in processes) and not any(p.poll() for p in processes):
-            time.sleep(0.1)
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-    outputs = [p.stdout.read() for p in processes if p.stdout is not None]
-    assert [p.returncode for p in processes] == [0] * size, "\n".join(o[-3000:] for o in outputs)
+    outputs = run_ranks(size, PROGRAM, json.dumps(trainings), MLFLOW_TRACKING_URI=uri)
     assert "step" not in "".join(outputs[1:]), "rank 0 alone speaks"
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def curve(lake: Path, name: str) -> list[list[float]]:
