@@ -67,7 +67,12 @@ def _experts(steps: list[float], load_PL: list[Any]) -> Figure:
     axes = figure.subplots()
     layers = len(load_PL[0])
     image = axes.imshow(
-        np.transpose(load_PL), aspect="auto", origin="lower", vmin=1, extent=(0, steps[-1], -0.5, layers - 0.5)
+        np.transpose(load_PL),
+        aspect="auto",
+        interpolation="nearest",
+        origin="lower",
+        vmin=1,
+        extent=(0, steps[-1], -0.5, layers - 0.5),
     )
     axes.set(xlabel="step", ylabel="layer", title="Tokens of the busiest expert over the mean")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
