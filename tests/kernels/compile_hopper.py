@@ -74,7 +74,7 @@ def compile_layer(T: int, D: int, F: int, gated: bool, activation: str, dtype: t
     E, K = 4, 2
     sorted_by = route(torch.zeros(T, K, dtype=torch.int64), E)
     products = hopper_layer.Hopper(sorted_by, K, tiles(D, F, 128, 2, gated, E), torch.device("cpu"))
-    x = Sorted(torch.empty(T, D, dtype=dtype), sorted_by, K)
+    x = Sorted(torch.empty(T, D, dtype=dtype), sorted_by)
     w = torch.empty(E, F, D, dtype=dtype)
     dhu = torch.empty(2 if gated else 1, T * K, F, dtype=dtype)
     h, _, a = products.up(x, w, w if gated else None, activation)
