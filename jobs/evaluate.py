@@ -10,7 +10,7 @@ from rich.table import Table
 
 from jobs import console, runs
 from jobs.main import main
-from jobs.settings import JobSettings
+from jobs.settings import JobSettings, UsageError
 from model.evaluate.held_out import EvaluateConfig, Evaluation, evaluate_folder
 from model.registry.load import download
 from model.train.plan import finished
@@ -48,12 +48,15 @@ def table(evaluation: Evaluation) -> Table:
 
 
 def run(settings: Settings) -> None:
+    if settings.model and "training" in settings.model_fields_set:
+        raise UsageError("--training and --model are two things to evaluate; name one.")
     if settings.model:
         folder = download(settings.model, lake=settings.lake)
     else:
         folder = Path(finished(settings.lake, settings.training).checkpoint)
     console.out.print(table(run_evaluation(settings.lake, folder, settings.evaluate)))
-    console.note(f"Next: lakemoe register --training {settings.training} --lake {settings.lake}")
+    if not settings.model:
+        console.note(f"Next: lakemoe register --training {settings.training} --lake {settings.lake}")
 
 
 if __name__ == "__main__":

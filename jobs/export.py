@@ -12,7 +12,7 @@ from pydantic import Field
 
 from jobs import console, runs
 from jobs.main import main
-from jobs.settings import JobSettings
+from jobs.settings import JobSettings, UsageError
 from model.convert.check import check_files, compare_logits
 from model.convert.checkpoint import export_folder
 from model.convert.hugging_face import Exported
@@ -37,6 +37,8 @@ class Settings(JobSettings):
 
 def run(settings: Settings) -> None:
     lake = settings.lake
+    if settings.training and "model" in settings.model_fields_set:
+        raise UsageError("--training and --model are two things to export; name one.")
     if settings.training:
         source = Path(finished(lake, settings.training).checkpoint)
     else:

@@ -41,7 +41,7 @@ class Settings(JobSettings):
         None,
         description="dry run: this preset with its own vocabulary, whatever the lake holds (default: train.preset)",
     )
-    gpus: int | None = Field(None, ge=1, description="dry run: GPUs to train on (default: 1)")
+    gpus: int | None = Field(None, ge=1, description="dry run: GPUs to train on (default: processes)")
     processes: int = Field(
         1, ge=1, description="processes that train together, each on a GPU of its own where there are"
     )
@@ -127,7 +127,7 @@ def shape(config: TrainConfig, gpus: int, sequence_length: int) -> tuple[TrainSh
 def dry_run(settings: Settings) -> None:
     """Print what the training needs and how fast it is."""
     model, length, source = planned(settings)
-    how, batch = shape(settings.train, settings.gpus or 1, length)
+    how, batch = shape(settings.train, settings.gpus or settings.processes, length)
     machine = MACHINES[settings.machine].with_network(settings.network)
     console.note(f"Dry run: {source}; {batch}.")
     print_estimate(estimate(model, how, machine), settings.train.steps)

@@ -171,7 +171,10 @@ def parse_config(text: str, *, source: str, **overrides: Any) -> ModelConfig:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "the model"
-        raise ModelError(f"{source}: {key}: {first['msg']}; correct it.", 2) from error
+        said = first["msg"].removeprefix("Value error, ")
+        if overrides:  # the file is right by itself
+            source = f"{source} with overrides of {', '.join(sorted(overrides))}"
+        raise ModelError(f"{source}: {key}: {said}; correct it.", 2) from error
 
 
 def dump_config(config: ModelConfig) -> str:

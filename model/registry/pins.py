@@ -58,7 +58,7 @@ def pins(lake: str) -> Iterator[Pin]:
             yield Pin(holder=holder, table=GOLD_SEQUENCES.name, version=int(run.data.tags["lakemoe.data.version"]))
     folder = lake_folder(lake) / TRAININGS if is_local(lake) else None
     for training in sorted(folder.iterdir()) if folder and folder.is_dir() else ():
-        record = read_run(training)
+        record = read_run(training) if training.is_dir() else None
         if record is not None and not record.get("logged"):
             holder = f"The training {training.name}, which is not finished,"
             yield Pin(holder=holder, table=GOLD_SEQUENCES.name, version=int(record["data"]["version"]))

@@ -95,6 +95,8 @@ class TrainConfig(BaseModel):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        if not self.name or self.name in (".", "..") or set(self.name) & set("/\\"):
+            raise ValueError(f"name {self.name!r} is no name of a folder: take one without slashes")
         if self.moments == "bfloat16" and self.beta2 > 0.98:
             raise ValueError(
                 f"beta2 {self.beta2} moves a moment by less than bfloat16 holds: take at most 0.98, or float32 moments"

@@ -52,6 +52,12 @@ def plan(lake: str, config: TrainConfig, code_version: str | None) -> tuple[dict
     return record, snapshot
 
 
+def forget(output: Path) -> None:
+    """Leave no record of a training that has no checkpoint."""
+    if not (output / CHECKPOINTS).is_dir() or not any((output / CHECKPOINTS).iterdir()):
+        (output / RUN).unlink(missing_ok=True)
+
+
 def finished(lake: str, training: str) -> TrainSummary:
     """The summary of a training that is done, by its name, or by its output folder where that lies elsewhere.
 

@@ -36,7 +36,7 @@ from model.train.journal import Journal, only_one, write_run
 from model.train.metrics import Speed, not_finite, read
 from model.train.optimizer import build_optimizer, learning_rate, set_learning_rate
 from model.train.parallel import build, check
-from model.train.plan import CHECKPOINTS, open_data, parameters, plan, summary
+from model.train.plan import CHECKPOINTS, forget, open_data, parameters, plan, summary
 from model.train.progress import TrainingProgress
 from model.train.step import compute_gradients, to_device, update
 from model.train.system import SystemMetrics
@@ -69,17 +69,22 @@ def train(lake: str, config: TrainConfig, *, code_version: str | None = None) ->
         record = world.from_main(begin)
         if record.get("logged"):
             return summary(output, record)
-        world.from_main(lambda: check(config, ModelConfig(**record["model"]).experts, world.size))
-        tracking = _begin(lake, config, record, output, world)
+        tracking: Tracking | None = None
         if record["final"] is None:
             try:
+                world.from_main(lambda: check(config, ModelConfig(**record["model"]).experts, world.size))
+                tracking = _begin(lake, config, record, output, world)
                 result = _run(config, record, snapshot or open_data(lake, config, record), output, world, tracking)
             except BaseException as error:
+                code = 75 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", None)
                 if tracking:
-                    again = isinstance(error, KeyboardInterrupt) or getattr(error, "exit_code", None) == 75
-                    tracking.end("KILLED" if again else "FAILED")
+                    tracking.end("KILLED" if code == 75 else "FAILED")
+                if code == 2 and world.main:
+                    forget(output)  # the settings are wrong: their name is free for better ones
                 raise
             record |= {"final": Path(result.checkpoint).name, "summary": asdict(result)}
+        else:
+            tracking = _begin(lake, config, record, output, world)
         world.from_main(lambda: _finish(config, record, output, tracking) if tracking else None)
         return summary(output, record)
 
@@ -149,7 +154,7 @@ def _run(
     position, journal = _Position(), Journal(output)
     found, broken = world.from_main(lambda: find_checkpoint(output / CHECKPOINTS))
     show = TrainingProgress(config.steps, found.step if found else 0, config.log_every, quiet=not world.main)
-    with show as progress, _sigterm() as stop, contextlib.ExitStack() as background:
+    with show as progress, _signals(world) as stop, contextlib.ExitStack() as background:
 
         def say(what: str) -> None:
             progress.say(f"train: {what}")
@@ -227,7 +232,7 @@ def _run(
             if stopping and position.step < config.steps:
                 writer.wait()
                 raise world.everywhere(
-                    ModelError(f"Stopped by SIGTERM, saved at step {position.step}; run again to go on.", 75)
+                    ModelError(f"Stopped by a signal, saved at step {position.step}; run again to go on.", 75)
                 )
         folder = writer.wait() or (found.folder if found else output / CHECKPOINTS)
     return TrainSummary(
@@ -279,18 +284,24 @@ def _refuse(
 
 
 @contextlib.contextmanager
-def _sigterm() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, so that a step is finished and saved before the process ends."""
+def _signals(world: World) -> Iterator[threading.Event]:
+    """An event that SIGTERM and SIGINT set, so that a step is finished and saved before the process ends.
+
+    A second SIGINT ends one process at once. Of several each may get two, from the terminal and from their launcher.
+    """
     stop = threading.Event()
 
     def ask(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and stop.is_set() and world.size == 1:
+            raise KeyboardInterrupt
         stop.set()
 
     if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
         yield stop
         return
-    before = signal.signal(signal.SIGTERM, ask)
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -90,6 +90,11 @@ def test_without_model_the_lake_s_data_decide(
             "16 experts cannot be spread",
         ),
         (["--dry-run", "--model", "none"], "There is no model preset 'none'"),
+        (["--dry-run", "--processes", "6", "--train.expert-parallel", "4"], "must divide the number of GPUs, 6"),
+        (
+            ["--dry-run", "--train.overrides", '{"heads": 3}'],
+            "quickstart.yaml with overrides of heads: the model: heads",
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence(

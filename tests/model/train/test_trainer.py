@@ -215,11 +215,12 @@ def test_sigkill_at_any_step_changes_nothing(settings: Callable[..., Case]) -> N
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_ends_with_75(settings: Callable[..., Case]) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_with_75(settings: Callable[..., Case], number: signal.Signals) -> None:
     config, calm = settings(steps=120, checkpoint_every=1000), settings("calm", steps=120, checkpoint_every=1000)
     process = _start(config)
     _wait_for_step(config, 5, process)
-    process.terminate()
+    process.send_signal(number)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 75, out
     assert [r.info.status for r in _runs(config)] == ["KILLED"]
@@ -495,3 +496,20 @@ def test_no_setting_that_decides_the_weights_is_dropped_on_the_way(settings: Cal
         train(settings(steps=4))
     # What is done about a bad batch, and what fits the machine, may change.
     assert train(settings(steps=4, z_loss_weight=1e-3, spike=5.0, loss_chunk=16)).step == 4
+
+
+def test_wrong_settings_leave_their_name_free(settings: Callable[..., Case]) -> None:
+    for wrong in ({"mixture": ({"weights": {"nosuch": 1}},)}, {"expert_parallel": 2}):
+        with pytest.raises(ModelError) as refused:
+            train(settings("a", steps=4, **wrong))
+        assert refused.value.exit_code == 2
+    assert train(settings("a", steps=3)).step == 3
+    # But not where there is something to go on from.
+    with pytest.raises(ModelError, match="other settings"):
+        train(settings("a", steps=4))
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../x"])
+def test_a_name_is_that_of_a_folder(name: str) -> None:
+    with pytest.raises(ValueError, match="take one without slashes"):
+        TrainConfig(name=name)
