@@ -95,7 +95,7 @@ def test_a_model_that_vllm_reads_otherwise_is_not_sent_to_it(
     [
         ([], 2, "to: field required"),
         (["--to", "x", "--layout", "mixtral"], 2, "mixtral layout cannot hold"),
-        (["--to", "x", "--training", "nobody"], 2, "holds no finished training"),
+        (["--to", "x", "--training", "nobody"], 2, "name one"),
         (["--to", "x", "--model", f"models:/{NAME}@nobody"], 1, "There is no models:/"),
         (["--to", "x", "--max-shard-gb", "0"], 2, "max_shard_gb: input should be greater than 0"),
         (["--to", "/proc/x"], 75, "could not be written"),
@@ -110,4 +110,12 @@ def test_what_cannot_be_exported_is_one_sentence(
     error = capsys.readouterr().err.strip()
     assert says in error
     assert "\n" not in error
+
+
+def test_a_training_that_is_not_there_cannot_be_exported(
+    lake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", "--lake", lake, "--to", "x", "--training", "nobody"]) == 2
+    assert "holds no finished training" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -54,7 +54,7 @@ def test_unknown_preset_and_key_are_sentences() -> None:
     with pytest.raises(ModelError, match="no model preset 'gpt'; take one of dbrx") as unknown:
         load_preset("gpt")
     assert unknown.value.exit_code == 2
-    with pytest.raises(ModelError, match=r"dbrx\.yaml: widht: Extra inputs"):
+    with pytest.raises(ModelError, match=r"dbrx\.yaml with overrides of widht: widht: Extra inputs"):
         load_preset("dbrx", widht=1)
     with pytest.raises(ModelError, match="not valid YAML"):
         parse_config("a: [", source="x.yaml")
