@@ -18,7 +18,8 @@ from jobs.launch import Launcher, is_main, launch
 from jobs.main import main
 from jobs.settings import JobSettings, UsageError
 from model.config import ModelConfig, load_preset
-from model.lake import is_local, local_path
+from model.lake import local_path
+from model.loader.store import is_local
 from model.train.config import TrainConfig
 from model.train.estimate import estimate
 from model.train.machine import MACHINES, MachineName
@@ -134,11 +135,7 @@ def dry_run(settings: Settings) -> None:
     config = settings.train
     if config.validate_every:
         # A forward pass is a third of a step.
-        share = (
-            config.validation_sequences
-            / 3
-            / (config.validate_every * how.micro_batch_size * how.accumulation * how.gpus)
-        )
+        share = config.validation_sequences * length / 3 / (config.validate_every * how.tokens_per_step)
         console.note(
             f"Looking at the validation split every {config.validate_every} steps adds about {share:.1%} of time."
         )

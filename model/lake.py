@@ -18,13 +18,8 @@ from pyarrow import fs
 
 from model.errors import ModelError
 from model.files import write_json
-from model.loader.store import ATTEMPTS, first_line, open_filesystem, raise_if_denied
+from model.loader.store import ATTEMPTS, first_line, is_local, open_filesystem, raise_if_denied
 from pipelines.tables import tokenizer_uri
-
-
-def is_local(lake: str) -> bool:
-    """Whether the lake is a folder of this machine."""
-    return "://" not in lake or lake.startswith("file://")
 
 
 def local_path(lake: str) -> Path:

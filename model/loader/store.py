@@ -47,12 +47,17 @@ _DENIED = (
 _GONE = ("NO_SUCH_KEY", "NoSuchKey", "NO_SUCH_BUCKET", "NoSuchBucket", "RESOURCE_NOT_FOUND", "BlobNotFound", "404 Not")
 
 
+def is_local(uri: str) -> bool:
+    """Whether a lake, or a file or table of it, is on this machine's disks."""
+    return "://" not in uri or uri.startswith("file://")
+
+
 class Store:
     """The files below a table's URI or path. Safe to use from threads; a copy for another process opens anew."""
 
     def __init__(self, uri: str, options: Mapping[str, str] | None = None) -> None:
         self.uri = uri
-        self.is_local = "://" not in uri or uri.startswith("file://")
+        self.is_local = is_local(uri)
         self._options = dict(options or {})
         self._start()
 

@@ -10,9 +10,10 @@ from deltalake.exceptions import TableNotFoundError
 from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
+from mlflow.store.tracking import SEARCH_MAX_RESULTS_THRESHOLD
 
 from model.errors import ModelError
-from model.lake import is_local
+from model.loader.store import is_local
 from model.registry.register import PREFIX
 from model.registry.store import connect, has_store, lake_folder
 from model.train.config import TRAININGS
@@ -67,12 +68,8 @@ def pins(lake: str) -> Iterator[Pin]:
 def _unfinished(client: MlflowClient, table_id: str) -> list[Run]:
     """Runs of trainings on a table, with outputs elsewhere, that are not finished."""
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    query = f"tags.`lakemoe.data.table_id` = '{table_id}' and attributes.status != 'FINISHED'"
-    found, token = [], None
-    while experiments:
-        page = client.search_runs(experiments, query, page_token=token)
-        found += [run for run in page if OUTPUT_TAG in run.data.tags]
-        token = page.token
-        if not token:
-            break
-    return found
+    query = (
+        f"tags.`lakemoe.data.table_id` = '{table_id}' and tags.`{OUTPUT_TAG}` LIKE '%' "
+        "and attributes.status != 'FINISHED'"
+    )
+    return list(client.search_runs(experiments, query, max_results=SEARCH_MAX_RESULTS_THRESHOLD))

@@ -14,7 +14,8 @@ import mlflow
 from mlflow import MlflowClient
 
 from model.errors import ModelError
-from model.lake import is_local, local_path
+from model.lake import local_path
+from model.loader.store import is_local
 
 EXPERIMENT = "lakemoe"
 

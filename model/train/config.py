@@ -10,8 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from model.device import DeviceName
 from model.errors import ModelError
-from model.lake import is_local, local_path
+from model.lake import local_path
 from model.loader.mixture import Phase
+from model.loader.store import is_local
 
 # The folder of a lake that trainings write to.
 TRAININGS = "training"

@@ -110,12 +110,13 @@ class AdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def add_up(self, group: ProcessGroup | None) -> None:
         """Add up over the group the gradients that each rank has whole; those of divided weights FSDP adds up."""
-        gradients = [g for g in self._gradients(divided=False) if group is not None]
-        if gradients:
-            total = torch.cat([g.flatten() for g in gradients])
-            dist.all_reduce(total, group=group)
-            for gradient, part in zip(gradients, total.split([g.numel() for g in gradients]), strict=True):
-                gradient.copy_(part.view_as(gradient))
+        gradients = self._gradients(divided=False)
+        if group is None or not gradients:
+            return
+        total = torch.cat([g.flatten() for g in gradients])
+        dist.all_reduce(total, group=group)
+        for gradient, part in zip(gradients, total.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
     @torch.no_grad()
     def gradient_norm(self, group: ProcessGroup | None = None) -> Tensor:

@@ -47,13 +47,9 @@ def _losses(
         color = f"C{number}"
         domain = name.removeprefix("loss/") if name != "loss" else "training"
         axes.plot(*training[name], color=color, linewidth=0.8, alpha=0.5, label=domain)
-        held_out = validation.get(f"validation_{name}") or (
-            validation.get("validation_loss") if name == "loss" else None
-        )
-        if held_out:
+        if held_out := validation.get(f"validation_{name}"):
             axes.plot(*zip(*held_out, strict=True), color=color, marker="o", markersize=4, label=f"{domain}, held out")
-    if len(names) > 1 and validation.get("validation_loss"):
-        held_out = validation["validation_loss"]
+    if len(names) > 1 and (held_out := validation.get("validation_loss")):
         axes.plot(*zip(*held_out, strict=True), color="black", marker="o", markersize=4, label="all, held out")
     axes.set(xlabel="step", ylabel="loss (nats a token)")
     axes.grid(alpha=0.3)

@@ -33,12 +33,11 @@ class SystemMetrics:
         for kind in kinds if main else ():
             try:
                 self._monitors.append(kind())
-            except (ImportError, RuntimeError) as error:  # no nvidia-ml-py, or no GPU
-                if kind is not GPUMonitor:
+                if kind is CPUMonitor:
+                    psutil.cpu_percent()  # each call tells of the time since the one before
+            except Exception as error:  # what a restricted /proc gives; of GPUs: no nvidia-ml-py, or none here
+                if not (kind is GPUMonitor and isinstance(error, ImportError | RuntimeError)):
                     self._left_out(kind, error)
-            except Exception as error:  # what a restricted /proc gives
-                self._left_out(kind, error)
-        psutil.cpu_percent()  # each call tells of the time since the one before
         self._next = time.monotonic() + INTERVAL
 
     def _left_out(self, kind: type[BaseMetricsMonitor], error: Exception) -> None:

@@ -39,8 +39,9 @@ class Validation:
         # others looks at the first one again and does not count it.
         numbers = snapshot.domain_numbers(mine)
         mine = np.append(mine, chosen[: -(-count // world.size) - len(mine)])
-        reader = SequenceReader(snapshot, 0)
-        self._batches = list(reader.batches(mine[at : at + at_once] for at in range(0, len(mine), at_once)))
+        # At once, so that each row group is read once.
+        (read,) = SequenceReader(snapshot, 0).batches([mine])
+        self._batches = [read.slice(at, at + at_once) for at in range(0, len(read), at_once)]
         self._domains, self._world = snapshot.domains, world
         self._domain_n = torch.as_tensor(numbers, dtype=torch.int64, device=world.device)
 

@@ -8,7 +8,8 @@ from urllib.parse import quote
 import pytest
 
 from model.errors import ModelError
-from model.lake import is_local, keep, local_path, read_kept, tokenizer_file
+from model.lake import keep, local_path, read_kept, tokenizer_file
+from model.loader.store import is_local
 from model.registry.store import lake_folder
 from model.train.config import TrainConfig
 from tests.model.conftest import WriteSequences
