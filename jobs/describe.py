@@ -18,8 +18,8 @@ from model.train.memory import BF16
 
 GPUS = (1, 8, 512, 3072)
 SEQUENCE_LENGTH = 4096
-# float32 master weight, float32 gradient and AdamW's two float32 moments, over all GPUs.
-TRAINING_BYTES = 16
+# float32 master weight (in two halves), bfloat16 gradient and AdamW's two float32 moments, over all GPUs.
+TRAINING_BYTES = 14
 
 
 class Settings(JobSettings):

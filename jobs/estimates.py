@@ -12,7 +12,7 @@ from model.train.machine import GIB, Machine
 PARTS = {
     "weights": "weights, float32 in all",
     "gradients": "gradients",
-    "moments": "AdamW's moments, float32",
+    "moments": "AdamW's moments",
     "copies": "gathered blocks, bf16",
     "activations": "activations kept for backward",
     "working": "work of one block",

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class MoE(nn.Module):
-    """x [..., D] -> (the same shape, the router's sums). Weights in DBRX's layout: w1, v1, w2 [E, F, D]."""
+    """x [T, D] -> (the same shape, the router's sums). Weights in DBRX's layout: w1, v1, w2 [E, F, D]."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -34,11 +34,9 @@ class MoE(nn.Module):
         self.expert_group: ProcessGroup | None = None
         self.expert_chunks = 1
 
-    def forward(self, x: Tensor, valid_T: Tensor | None = None) -> tuple[Tensor, RouterSums]:
-        x_TD = x.reshape(-1, x.shape[-1])
+    def forward(self, x_TD: Tensor, valid_T: Tensor | None = None) -> tuple[Tensor, RouterSums]:
         routing, sums = self.router(x_TD, valid_T)
-        y_TD = self.experts(x_TD, routing.expert_index_TK, routing.expert_weight_TK)
-        return y_TD.view(x.shape), sums
+        return self.experts(x_TD, routing.expert_index_TK, routing.expert_weight_TK), sums
 
     def experts(self, x_TD: Tensor, expert_index_TK: Tensor, expert_weight_TK: Tensor) -> Tensor:
         """The experts' weighted outputs, [T, D]."""

@@ -70,8 +70,8 @@ class Block(nn.Module):
         cache: KVCache | None,
     ) -> tuple[Tensor, RouterSums]:
         x, normed = self.attend(x, rotary, mask, cache)
-        y, sums = self.moe(normed, valid_T)
-        return self.add(x, y), sums
+        y_TD, sums = self.moe(normed.flatten(0, 1), valid_T)
+        return self.add(x, y_TD), sums
 
     def attend(
         self,
@@ -84,9 +84,9 @@ class Block(nn.Module):
         x = x + self.attention_post_norm(self.attention(self.attention_norm(x), rotary, mask, cache))
         return x, self.moe_norm(x)
 
-    def add(self, x: Tensor, y: Tensor) -> Tensor:
+    def add(self, x: Tensor, y_TD: Tensor) -> Tensor:
         """x and what the experts give."""
-        return x + self.moe_post_norm(y)
+        return x + self.moe_post_norm(y_TD.view(x.shape))
 
 
 class Transformer(nn.Module):

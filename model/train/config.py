@@ -42,7 +42,7 @@ class TrainConfig(BaseModel):
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first moment's decay a step")
     beta2: float = Field(0.95, ge=0, lt=1, description="AdamW's second moment's decay a step")
     moments: Literal["float32", "bfloat16"] = Field(
-        "float32", description="AdamW's moments on one GPU; bfloat16 is a third less to read and write a step"
+        "float32", description="AdamW's moments on GPUs; bfloat16 is a third less to read and write a step"
     )
     gradient_clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
     loss_chunk: int = Field(1024, ge=1, description="tokens whose logits exist at the same time")

@@ -6,12 +6,13 @@ added up from what the trainer holds then; the peak is the largest.
 
 What is modelled, and must stay in step with the trainer and the kernels:
 
-- One GPU: weights lie in bfloat16 beside the 16 missing bits of their float32 masters (kernels/adamw.py), gradients in
-  bfloat16, AdamW's two moments in float32 or bfloat16: 14 or 10 bytes a parameter; norms and routers are float32.
-- Several: FSDP2 shards float32 weights, gradients and moments, 16 bytes a parameter over all GPUs. Experts lie on
-  ``expert_parallel`` neighbours, and what a rank has of them is divided over the other ranks by their width, where that
-  divides, else by whole experts; all else by rows. Blocks are gathered in bfloat16 and freed after use, in forward and
-  in backward; embedding and head, the root, stay gathered to the end of backward, and are reduced there.
+- Weights lie in bfloat16 beside the 16 missing bits of their float32 masters (kernels/adamw.py), gradients in bfloat16,
+  AdamW's two moments in float32 or bfloat16: 14 or 10 bytes a parameter; norms and routers are float32. Where gradients
+  add up over several forward passes, they do so in float32, beside those of the pass.
+- Several GPUs: FSDP2 shards all of these but norms' and routers'. Experts lie on ``expert_parallel`` neighbours, and
+  what a rank has of them is divided over the other ranks by their width, where that divides, else by whole experts; all
+  else by rows. Blocks are gathered and freed after use, in forward and in backward; embedding and head, the root, stay
+  gathered to the end of backward. Gradients are reduced in float32, block by block, the root's at the end.
 - The residual stream is bfloat16. ``kept_per_token`` is what a block keeps for backward: on one GPU compiled whole,
   as torch's partitioner cuts it (2.15, read from its graphs); on several, where attention alone is compiled, as
   autograd saves it. Attention is fused and keeps no scores.
@@ -52,9 +53,7 @@ class TrainShape(BaseModel):
     activation_checkpointing: Literal["none", "block"] = Field(
         "none", description="block: keep each block's input only and compute the rest again in backward"
     )
-    moments: Literal["float32", "bfloat16"] = Field(
-        "float32", description="AdamW's moments on one GPU; on several they are float32"
-    )
+    moments: Literal["float32", "bfloat16"] = Field("float32", description="AdamW's moments")
     loss_chunk: int = Field(1024, ge=1, description="tokens whose logits exist at the same time")
 
     @model_validator(mode="after")
@@ -134,10 +133,10 @@ def _matrices(config: ModelConfig) -> list[tuple[int, int]]:
     ]
 
 
-def _norms(config: ModelConfig) -> list[tuple[int, int]]:
-    """Rows and columns of a block's norms."""
-    norms = [(config.width, 1)] * (4 if config.post_norm else 2)
-    return norms + ([(config.query_width, 1), (config.kv_width, 1)] if config.qk_norm else [])
+def _norms(config: ModelConfig) -> int:
+    """Gains of a block's norms."""
+    of_heads = config.query_width + config.kv_width if config.qk_norm else 0
+    return (4 if config.post_norm else 2) * config.width + of_heads
 
 
 def held(config: ModelConfig, shape: TrainShape) -> Counts:
@@ -153,13 +152,13 @@ def held(config: ModelConfig, shape: TrainShape) -> Counts:
     else:
         part = experts * config.expert_parameters // within
     vocabulary = shard(config.vocab_size, config.width)
-    floats = config.experts * config.width + sum(shard(*size) for size in _norms(config))  # routers are whole
+    floats = config.experts * config.width + _norms(config)  # never divided
     return Counts(
         dense=sum(shard(*size) for size in _matrices(config)) + floats,
         experts=part,
         embedding=vocabulary,
         head=0 if config.tied_head else vocabulary,
-        norm=shard(config.width, 1),
+        norm=config.width,
         floats=floats,
     )
 
@@ -237,11 +236,10 @@ def moments(config: ModelConfig, shape: TrainShape, machine: Machine) -> dict[st
     if blocks:
         again -= stream  # the block's input is kept once
     forward, backward = _working(config, shape, machine)
-    adding = shape.accumulation > 1
 
     def gradient(count: int, floats: int = 0) -> int:
         """Bytes of gradients, of which ``floats`` are of norms and routers."""
-        return FLOAT * count if sharded else BF16 * count + (FLOAT - BF16) * floats
+        return BF16 * count + (FLOAT - BF16) * floats
 
     block_gradient = gradient(mine.block, mine.floats)
     every = L * block_gradient + gradient(mine.embedding + mine.head + mine.norm, mine.norm)
@@ -249,8 +247,9 @@ def moments(config: ModelConfig, shape: TrainShape, machine: Machine) -> dict[st
     outer, waiting = (0, BF16 * head) if sharded else (gradient(head + mine.norm, mine.norm), 0)
     gathered = GATHERED * BF16 * used.block if sharded else 0
     kept_root = BF16 * root if sharded else 0
-    moment_bytes = FLOAT if sharded or shape.moments == "float32" else BF16
+    moment_bytes = FLOAT if shape.moments == "float32" else BF16
     floats = L * mine.floats + mine.norm
+    sums = FLOAT * (mine.all(L) - floats) if shape.accumulation > 1 else 0
 
     def memory(
         gradients: int = 0, copies: int = 0, activations: int = 0, working: int = 0, logits: int = 0, network: int = 0
@@ -258,7 +257,7 @@ def moments(config: ModelConfig, shape: TrainShape, machine: Machine) -> dict[st
         return Memory(
             weights=FLOAT * mine.all(L),
             moments=2 * (moment_bytes * (mine.all(L) - floats) + FLOAT * floats),
-            gradients=every if adding else gradients,
+            gradients=sums + gradients,
             copies=copies,
             activations=activations,
             working=working,
@@ -266,8 +265,6 @@ def moments(config: ModelConfig, shape: TrainShape, machine: Machine) -> dict[st
             communication=network,
         )
 
-    # Under accumulation a block's new gradients lie beside those that they are added to.
-    beside = block_gradient if adding and not sharded else 0
     found = {
         "forward of the last block": memory(
             copies=kept_root + gathered,
@@ -293,15 +290,15 @@ def moments(config: ModelConfig, shape: TrainShape, machine: Machine) -> dict[st
             gradients=outer + (L - 1) * block_gradient,
             copies=kept_root + gathered,
             activations=between + again,
-            working=backward + beside,
+            working=backward,
             logits=waiting,
             network=2 * BF16 * sent + (FLOAT * used.dense if sharded and L > 1 else 0),
         ),
-        "optimizer": memory(gradients=every),
+        "optimizer": memory(gradients=every),  # under accumulation: the last pass's, being added up
     }
     if sharded:
         rows = 2 * BF16 * assignments(config, shape, machine) * config.expert_width
-        # The experts' gradients in bfloat16 and in float32, on their way to their shards; their rows are gone.
+        # The experts' gradients in bfloat16, in float32 on their way to their shards, and there; their rows are gone.
         for name, done in (("last", 0), ("first", L - 1)):
             found[f"reduction of the {name} block"] = memory(
                 gradients=done * block_gradient,
@@ -309,10 +306,10 @@ def moments(config: ModelConfig, shape: TrainShape, machine: Machine) -> dict[st
                 activations=(L - done) * between + again - rows,
                 working=2 * stream + BF16 * used.experts,
                 logits=waiting,
-                network=FLOAT * used.experts,
+                network=FLOAT * (used.experts + mine.experts),
             )
         found["reduction of embedding and head"] = memory(
-            gradients=L * block_gradient, working=BF16 * root, network=FLOAT * root
+            gradients=L * block_gradient, working=BF16 * root, network=FLOAT * (root + mine.embedding + mine.head)
         )
     return found
 

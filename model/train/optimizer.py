@@ -90,11 +90,11 @@ class AdamW(torch.optim.Optimizer):
         """Add the gradients of bfloat16 weights to sums in float32, which the update takes in their place."""
         for parameter in self.parameters():
             if parameter.grad is not None and parameter.dtype == torch.bfloat16:
-                total = self._sums.get(parameter)
+                gradient, total = local_part(parameter.grad), self._sums.get(parameter)
                 if total is None:
-                    self._sums[parameter] = parameter.grad.float()
+                    self._sums[parameter] = gradient.float()
                 else:
-                    total.add_(parameter.grad)
+                    total.add_(gradient)
                 parameter.grad = None
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:

@@ -3,10 +3,11 @@
     experts    rank p of every ``expert_parallel`` neighbours holds E / expert_parallel of them (DTensor Shard(0))
     all else   and what is left of the experts is divided over the other ranks by FSDP2 (fully_shard), block by block
 
-Every rank has sequences of its own. Parameters, gradients and moments are float32 and divided; a block's weights are
-gathered in bfloat16 on GPUs just before they are used, gradients are summed in float32. Shared experts form a unit of
-their own, as they lie on a smaller mesh. The routers' weights are whole on every rank: they are small, and as they
-compute in float32 they would need units of their own, each of which costs the host a millisecond a step and more.
+Every rank has sequences of its own. Matrices are divided, with their gradients and moments: on GPUs they are bfloat16,
+as on one, with the bits that are missing to float32 in the optimizer (kernels/adamw.py), and are gathered just before a
+block uses them; gradients are summed in float32. Shared experts form a unit of their own, as they lie on a smaller
+mesh. Norms and routers are whole on every rank: they are small, and as they compute in float32 they would need units of
+their own, each of which costs the host a millisecond a step and more.
 
 Legend: W ranks, P = expert_parallel; the mesh is [W / P, P].
 """
@@ -21,7 +22,7 @@ from torch import nn
 
 from kernels.backend import leave_multiprocessors
 from model.errors import ModelError
-from model.network.transformer import Block, Transformer
+from model.network.transformer import Block, Transformer, computes
 from model.train.config import TrainConfig
 from model.train.world import World
 
@@ -32,15 +33,15 @@ BESIDE = 16  # multiprocessors, of an H100's or H200's 132
 def build(config: TrainConfig, model: Transformer, world: World) -> Transformer:
     """A model made on the meta device, spread over the world, allocated and initialised from config.seed.
 
-    The initial weights are the same for every world, but that one GPU's are rounded to bfloat16. ``check`` says before
+    The initial weights are the same for every world, but that GPUs' are rounded to bfloat16. ``check`` says before
     whether the ranks fit the model.
     """
     model.recompute = config.activation_checkpointing == "block"
     _make_room(world.device.type == "cuda" and world.group is not None and config.expert_parallel == 1)
+    if world.device.type == "cuda":
+        model.compute_in(COMPUTE)  # the optimizer keeps the bits that are missing to float32
     if world.group is not None:
         _shard(model, config, world)
-    elif world.device.type == "cuda":
-        model.compute_in(COMPUTE)  # the optimizer keeps the bits that are missing to float32
     model.to_empty(device=world.device)
     torch.manual_seed(config.seed)
     model.initialize()
@@ -82,9 +83,7 @@ def _shard(model: Transformer, config: TrainConfig, world: World) -> None:
     kind, degree = world.device.type, config.expert_parallel
     everyone = init_device_mesh(kind, (world.size,), mesh_dim_names=("ranks",))
     mesh = init_device_mesh(kind, (world.size // degree, degree), mesh_dim_names=("shards", "experts"))
-    mixed = MixedPrecisionPolicy(cast_forward_inputs=False)
-    if kind == "cuda":
-        mixed = MixedPrecisionPolicy(param_dtype=COMPUTE, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    mixed = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     shards = world.size // degree
 
     def place(parameter: nn.Parameter) -> Shard:
@@ -94,7 +93,7 @@ def _shard(model: Transformer, config: TrainConfig, world: World) -> None:
         even = (d for d in (*first, 1, 2) if parameter.dim() == 3 and parameter.shape[d] % shards == 0)
         return Shard(next(even, 0))
 
-    routers = {parameter for name, parameter in model.named_parameters() if name.endswith("router.weight")}
+    apart = {parameter for name, parameter in model.named_parameters() if not computes(name, parameter)}
     for block in model.blocks:
         assert isinstance(block, Block)
         moe = block.moe
@@ -104,9 +103,9 @@ def _shard(model: Transformer, config: TrainConfig, world: World) -> None:
             for name in ("w1", "v1", "w2"):
                 whole = getattr(moe, name)
                 setattr(moe, name, nn.Parameter(distribute_tensor(whole, mesh["experts"], [Shard(0)])))
-            fully_shard(moe, mesh=mesh["shards"], mp_policy=mixed, shard_placement_fn=place, ignored_params=routers)
-        fully_shard(block, mesh=everyone, mp_policy=mixed, shard_placement_fn=place, ignored_params=routers)
-    fully_shard(model, mesh=everyone, mp_policy=mixed, ignored_params=routers)
+            fully_shard(moe, mesh=mesh["shards"], mp_policy=mixed, shard_placement_fn=place, ignored_params=apart)
+        fully_shard(block, mesh=everyone, mp_policy=mixed, shard_placement_fn=place, ignored_params=apart)
+    fully_shard(model, mesh=everyone, mp_policy=mixed, ignored_params=apart)
     register_fsdp_forward_method(model, "hidden")
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -24,8 +24,8 @@ from model.train.machine import Machine
 from model.train.memory import BF16, FLOAT, TrainShape, assignments, held, whole
 
 _HALF_TILE = 64  # rows
-# A step of AdamW and the gradients' norm: with float32 gradients (sharded), and with bfloat16 ones (kernels/adamw.py).
-_SHARDED_BYTES, _ALONE_BYTES = 28 + 4, {"float32": 26 + 2, "bfloat16": 18 + 2}
+# Bytes a weight of a step of AdamW (kernels/adamw.py) and of the gradients' norm, by the moments' dtype.
+_OPTIMIZER_BYTES = {"float32": 26 + 2, "bfloat16": 18 + 2}
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
@@ -105,10 +105,10 @@ def step_time(config: ModelConfig, shape: TrainShape, machine: Machine) -> Time:
     qkv = config.query_width + 2 * config.kv_width
     projection = 2 * T * D * (qkv + config.query_width + config.experts) / matmul
     attention = 2 * T * S * config.query_width / (machine.attention * machine.peak_flops)
-    # Compiled, each tensor is read or written once; norms, router and residual are not where FSDP's hooks lie between.
-    passes = (32 if shape.sharded else 7) * BF16 * T * D + 2 * BF16 * T * qkv
-    # Rows gathered, widened to float32, weighed and added up.
-    passes += 10 * BF16 * rows * D if ep > 1 else 0
+    # Compiled whole, each tensor is read or written once; under expert parallelism the pieces are.
+    passes = (9 if ep > 1 else 7) * BF16 * T * D + 2 * BF16 * T * qkv
+    # Rows to the order of their experts and back (kernels/permute.py), each read and written once.
+    passes += 4 * BF16 * rows * D if ep > 1 else 0
     stream = passes / memory
     forward = expert[0] + projection + attention + stream
     backward = expert[1] + 2 * (projection + stream) + 2.5 * attention  # attention's backward has five products
@@ -129,7 +129,7 @@ def step_time(config: ModelConfig, shape: TrainShape, machine: Machine) -> Time:
     )  # logits and their gradient are read or written five times
     head += ceil(T / shape.loss_chunk) * 2 * FLOAT * V * D / memory  # each chunk adds to the head's gradient
     times = shape.accumulation
-    adding = 0.0 if shape.sharded or times == 1 else 3 * BF16 * mine.all(L) / memory
+    adding = 0.0 if times == 1 else (BF16 + 2 * FLOAT) * mine.all(L) / memory
     return Time(
         experts=times * L * sum(expert),
         projections=times * L * 3 * projection,
@@ -139,5 +139,5 @@ def step_time(config: ModelConfig, shape: TrainShape, machine: Machine) -> Time:
         recompute=times * L * forward if again else 0.0,
         parameters=times * (L * exposed + outer),
         all_to_all=times * L * exchange * (6 if again else 4),
-        optimizer=(_SHARDED_BYTES if shape.sharded else _ALONE_BYTES[shape.moments]) * mine.all(L) / memory,
+        optimizer=_OPTIMIZER_BYTES[shape.moments] * mine.all(L) / memory,
     )
