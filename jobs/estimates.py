@@ -26,7 +26,7 @@ TIMES = {
     "head": "head and loss",
     "elementwise": "norms, residuals, rotary",
     "recompute": "forward again (checkpointing)",
-    "parameters": "waiting for parameters, gradients",
+    "parameters": "gathering parameters, reducing gradients",
     "all_to_all": "all-to-all of tokens",
     "optimizer": "optimizer",
 }

@@ -247,6 +247,8 @@ def moments(config: ModelConfig, shape: TrainShape, machine: Machine) -> dict[st
     outer, waiting = (0, BF16 * head) if sharded else (gradient(head + mine.norm, mine.norm), 0)
     gathered = GATHERED * BF16 * used.block if sharded else 0
     kept_root = BF16 * root if sharded else 0
+    # FSDP holds the float32 gradients of the unit before until it reduces the next one's.
+    reducing = FLOAT * (used.block if shape.expert_parallel == 1 else used.dense) if sharded else 0
     moment_bytes = FLOAT if shape.moments == "float32" else BF16
     floats = L * mine.floats + mine.norm
     sums = FLOAT * (mine.all(L) - floats) if shape.accumulation > 1 else 0
@@ -292,10 +294,19 @@ def moments(config: ModelConfig, shape: TrainShape, machine: Machine) -> dict[st
             activations=between + again,
             working=backward,
             logits=waiting,
-            network=2 * BF16 * sent + (FLOAT * used.dense if sharded and L > 1 else 0),
+            network=2 * BF16 * sent + (reducing if L > 1 else 0),
         ),
         "optimizer": memory(gradients=every),  # under accumulation: the last pass's, being added up
     }
+    if sharded and L > 1:
+        found["backward of the block before the last"] = memory(
+            gradients=block_gradient,
+            copies=kept_root + gathered,
+            activations=(L - 1) * between + again,
+            working=backward,
+            logits=waiting,
+            network=2 * BF16 * sent + reducing,
+        )
     if sharded:
         rows = 2 * BF16 * assignments(config, shape, machine) * config.expert_width
         # The experts' gradients in bfloat16, in float32 on their way to their shards, and there; their rows are gone.

@@ -7,8 +7,9 @@ Projections and head run at cuBLAS's rate; attention's rate is assumed; norms an
 no straggling GPU, no loading of data, no checkpoint is counted, so a training of many nodes is slower than this.
 
 Network, on several GPUs: each micro-batch gathers every block's bfloat16 parameters in forward and again in backward
-and reduces its gradients in float32. A block's compute hides ``overlap`` of it, all-to-all hides behind nothing. Expert
-parallel ranks are neighbours, so that up to a node's GPUs they use NVLink alone.
+and reduces its gradients in float32. A block's compute hides ``overlap`` of it, all-to-all hides behind nothing, nor do
+FSDP's copies of all that it gathers and reduces. Expert parallel ranks are neighbours, so that up to a node's GPUs they
+use NVLink alone. Beside two H100 (benchmarks/README.md, "Several GPUs") the estimate is 1.05 to 1.2 times too fast.
 
 Legend: T tokens of a micro-batch on one GPU, D width, F expert width, E experts, K chosen, N = T*K assignments,
 V vocabulary, L layers, S sequence length.
@@ -47,7 +48,7 @@ class Time:
     head: float
     elementwise: float  # norms, residuals, rotary embedding, adding up gradients
     recompute: float  # forward once more, by activation checkpointing
-    parameters: float  # gathers and reductions that nothing hides
+    parameters: float  # gathers and reductions that nothing hides, FSDP's copies before and after them
     all_to_all: float
     optimizer: float
 
@@ -124,6 +125,11 @@ def step_time(config: ModelConfig, shape: TrainShape, machine: Machine) -> Time:
     # Embedding and head: gathered before the first block, reduced after the last; no compute hides that.
     root = used.embedding + used.head
     outer = _collective(BF16 * root, shape.gpus, 1, machine) + _collective(FLOAT * root, shape.gpus, 1, machine)
+    # Read and written: parts to a buffer and what came to its place, twice a block; gradients to a buffer in float32,
+    # sums to bfloat16.
+    copied = 0.0
+    if shape.sharded:
+        copied = (4 * BF16 + BF16 + FLOAT) * (L * used.block + root) + (5 * BF16 + FLOAT) * mine.all(L)
     head = (
         6 * T * D * V / matmul + 5 * BF16 * T * V / memory
     )  # logits and their gradient are read or written five times
@@ -137,7 +143,7 @@ def step_time(config: ModelConfig, shape: TrainShape, machine: Machine) -> Time:
         head=times * head,
         elementwise=times * (L * 3 * stream + adding),
         recompute=times * L * forward if again else 0.0,
-        parameters=times * (L * exposed + outer),
+        parameters=times * (L * exposed + outer + copied / memory),
         all_to_all=times * L * exchange * (6 if again else 4),
         optimizer=_OPTIMIZER_BYTES[shape.moments] * mine.all(L) / memory,
     )
