@@ -31,8 +31,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from kernels.float32_linear import float32_linear
 from model.config import ModelConfig
 
 
@@ -159,10 +159,10 @@ class Router(nn.Linear):
         """Tokens that are not ``valid_T`` (padding) are routed like any other and count nowhere."""
         c = self.config
         # In float32 whatever the products run in: rounding logits flips choices (ST-MoE).
-        x_TD = x_TD.float()
         if self.training and c.router_jitter > 0:
+            x_TD = x_TD.float()
             x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - c.router_jitter, 1 + c.router_jitter)
-        logits_TE = F.linear(x_TD, self.weight.float())
+        logits_TE = float32_linear(x_TD, self.weight)
         routing = choose(logits_TE, c.experts_chosen, c.router_normalize, c.router_score, self.expert_bias)
         sums = RouterSums(
             count_assignments(routing.expert_index_TK, c.experts, valid_T),

@@ -1,0 +1,57 @@
+"""x W^T to float32's precision for bfloat16 x, on tensor cores.
+
+A float32 number is, but for its last bit or two, the sum of three bfloat16 numbers (8 bits of significand each):
+
+    W = W1 + W2 + W3                y = x W1^T + x W2^T + x W3^T      one product with [3E, D], then a sum of three
+    G = G1 + G2 + G3 (dy)           dW = G1^T x + G2^T x + G3^T x     likewise
+    dx = G1 W1 + G2 W1 + G1 W2      one product of depth 3E: 16 bits and more, of which bfloat16 keeps 8
+
+Two bfloat16 numbers' product is exact in float32, and the sums are float32's, as in a plain float32 product (bfloat16x3
+and x9 of Henry et al. 2019). For routers (few outputs, whose rounding would flip choices) a plain one on CUDA cores
+costs five times as much. Other devices and dtypes run the plain one.
+
+Legend: T tokens, D width, E outputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+
+def float32_linear(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """[T, E] float32. weight_ED: float32. The gradients are in the dtypes of what they belong to."""
+    if not x_TD.is_cuda or x_TD.dtype != torch.bfloat16:
+        return F.linear(x_TD.float(), weight_ED.float())
+    found: Tensor = _Float32Linear.apply(x_TD, weight_ED)
+    return found
+
+
+def in_three(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """bfloat16 tensors whose sum is the float32 one, the largest first."""
+    first = x.to(torch.bfloat16)
+    rest = x - first.float()
+    second = rest.to(torch.bfloat16)
+    return first, second, (rest - second.float()).to(torch.bfloat16)
+
+
+class _Float32Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TD, weight_ED)
+        y = torch.mm(x_TD, torch.cat(in_three(weight_ED)).T, out_dtype=torch.float32)
+        return y.unflatten(1, (3, -1)).sum(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x_TD, weight_ED = ctx.saved_tensors
+        g1, g2, g3 = in_three(grads[0])
+        w1, w2, _ = in_three(weight_ED)
+        dx = torch.mm(torch.cat((g1, g2, g1), 1), torch.cat((w1, w1, w2)))
+        dw = torch.mm(torch.cat((g1, g2, g3), 1).T, x_TD, out_dtype=torch.float32)
+        return dx, dw.unflatten(0, (3, -1)).sum(0)
