@@ -45,5 +45,5 @@ def test_results_and_gradients_are_a_float32_product_s(device: str, shape: tuple
     for name, right, theirs, found in zip(("y", "dx", "dw"), exact, plain, ours, strict=True):
         scale = float(right.abs().max())
         error, other = (float((t.double() - right).abs().max()) / scale for t in (found, theirs))
-        # dx is rounded to bfloat16 at the end; the others are as near as float32 adds up.
-        assert error <= (2.0**-8 if name == "dx" else max(4 * other, 1e-6)), (name, error, other)
+        # dx is rounded to bfloat16 at the end; the others are as near as tensor cores add up.
+        assert error <= (2.0**-8 if name == "dx" else max(8 * other, 1e-6)), (name, error, other)
