@@ -97,11 +97,11 @@ def planned(settings: Settings) -> tuple[ModelConfig, int, str]:
 def shape(config: TrainConfig, gpus: int, sequence_length: int) -> tuple[TrainShape, str]:
     """How the settings train on so many GPUs, and where the batch comes from, in words.
 
-    A global_batch_size left at its default grows to what every GPU needs. Raises UsageError where it cannot be shared.
+    A global_batch_size that nobody set grows to what every GPU needs. Raises UsageError where it cannot be shared.
     """
     batch = config.global_batch_size
     words = f"{batch:,} sequences a step"
-    if batch == TrainConfig.model_fields["global_batch_size"].default and batch % gpus:
+    if "global_batch_size" not in config.model_fields_set and batch % gpus:
         batch = gpus * (config.micro_batch_size or 1)
         words = f"{batch:,} sequences a step, as train.global_batch_size is not set"
     if batch % gpus:

@@ -6,10 +6,10 @@ A float32 number is, but for its last bit or two, the sum of three bfloat16 numb
     G = G1 + G2 + G3 (dy)           dW = G1^T x + G2^T x + G3^T x     likewise
     dx = G1 W1 + G2 W1 + G1 W2      one product of depth 3E: 16 bits and more, of which bfloat16 keeps 8
 
-Two bfloat16 numbers' product is exact in float32, so only the sums round (Henry et al. 2019), which tensor cores do to a
-bit or two less than float32: at D = 2048 the error is 2e-6 of the largest result, of a plain product on CUDA cores
-5e-7, of a bfloat16 one 4e-3. For routers (few outputs, whose rounding flips choices), where a plain one takes five times
-as long. Other devices and dtypes run the plain one.
+Two bfloat16 numbers' product is exact in float32, so only the sums round (Henry et al. 2019), which tensor cores do to
+a bit or two less than float32: at D = 2048 the error is 2e-6 of the largest result, of a plain product on CUDA cores
+5e-7, of a bfloat16 one 4e-3. For routers (few outputs, whose rounding flips choices), where a plain one takes five
+times as long. Other devices and dtypes run the plain one.
 
 Legend: T tokens, D width, E outputs.
 """

@@ -305,8 +305,18 @@ def _open(uri: str, version: int | None, options: Mapping[str, str] | None) -> D
                 75,
             ) from error
         raise ModelError(
-            f"{uri} cannot be opened at {wanted} ({first_line(error)}); name a version that the table still has."
+            f"{uri} cannot be opened at {wanted} ({first_line(error)}); "
+            f"name a version that the table still has{_versions(uri, options)}."
         ) from error
+
+
+def _versions(uri: str, options: Mapping[str, str] | None) -> str:
+    """The versions of the table's log, in words; nothing where it cannot be read."""
+    try:
+        table = DeltaTable(uri, storage_options=dict(options) if options else None)
+        return f" (its log has {min(c['version'] for c in table.history())} to {table.version()})"
+    except (DeltaError, OSError, ValueError):
+        return ""
 
 
 def _check_readable(table: DeltaTable, uri: str) -> None:

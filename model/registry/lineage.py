@@ -15,12 +15,15 @@ from model.registry.register import PREFIX
 from model.registry.tables import missing, read_rows
 from pipelines.tables import GOLD_SEQUENCES, OPS_RUNS, TABLES, table_uri
 
+MAINTAIN = "maintain"  # the job that compacts and vacuums
+
 
 @dataclass(frozen=True, kw_only=True)
 class TableUse:
     """A table at the version that was read. missing: None while that can be read, else the reason.
 
-    job and run_id are those of the run that wrote the version, None where ops.runs does not say.
+    job and run_id are those of the run that made its rows (maintenance makes versions, too, and changes none), None
+    where ops.runs does not say.
     """
 
     table: str
@@ -64,13 +67,14 @@ def lineage(uri: str, *, lake: str) -> Lineage:
         if table in uses and uses[table].version >= number:
             continue
         writer = written_by(runs, table, number)
+        maker = _maker(runs, writer, table)
         # The tag holds the id of the one table that the training opened itself.
         table_id = tags.get(f"{table}.table_id")
         uses[table] = TableUse(
             table=table,
             version=number,
-            job=None if writer is None else str(writer["job"]),
-            run_id=None if writer is None else str(writer["run_id"]),
+            job=None if maker is None else str(maker["job"]),
+            run_id=None if maker is None else str(maker["run_id"]),
             missing=missing(table_uri(lake, table), number, table_id),
         )
         # Beside tables a run names the files that it read, of which only the last state is there.
@@ -90,12 +94,26 @@ def _inputs(runs: list[dict[str, Any]], writer: dict[str, Any] | None, table: st
     """What went into the table by the run and, where that changed the table in place, by the runs before it."""
     found: list[tuple[str, int]] = []
     while writer is not None:
-        read = [(i["table"], int(i["version"])) for i in writer.get("inputs") or () if i["table"] in TABLES]
-        found += read
-        before = next((version for name, version in read if name == table), None)
-        earlier = None if before is None else written_by(runs, table, before)
-        writer = None if earlier is None or earlier["run_id"] >= writer["run_id"] else earlier
+        found += _read(writer) if writer["job"] != MAINTAIN else []  # which opens every table
+        writer = _before(runs, writer, table)
     return found
+
+
+def _read(run: dict[str, Any]) -> list[tuple[str, int]]:
+    return [(i["table"], int(i["version"])) for i in run.get("inputs") or () if i["table"] in TABLES]
+
+
+def _before(runs: list[dict[str, Any]], run: dict[str, Any], table: str) -> dict[str, Any] | None:
+    """The run that wrote the version which this one changed in place."""
+    before = next((version for name, version in _read(run) if name == table), None)
+    earlier = None if before is None else written_by(runs, table, before)
+    return None if earlier is None or earlier["run_id"] >= run["run_id"] else earlier
+
+
+def _maker(runs: list[dict[str, Any]], writer: dict[str, Any] | None, table: str) -> dict[str, Any] | None:
+    while writer is not None and writer["job"] == MAINTAIN:
+        writer = _before(runs, writer, table)
+    return writer
 
 
 def written_by(runs: list[dict[str, Any]], table: str, version: int) -> dict[str, Any] | None:

@@ -77,8 +77,10 @@ def promote(
     moves, so that a kill between the two is finished by the next call. Errors: ModelError.
     """
     client = connect(lake, create=False)
-    version = str(resolve(client, model_uri(name, version)).version)
     champion = champion_version(client, name)
+    if version == CHALLENGER and champion is not None and _alias(client, name, CHALLENGER) is None:
+        version = champion  # it was the challenger; nothing has come since
+    version = str(resolve(client, model_uri(name, version)).version)
     who = requested_by or os.environ.get("LAKEMOE_USER") or _user()
     now = datetime.now(UTC)
     common: dict[str, Any] = {"model": name, "candidate_version": version, "requested_by": who, "at": now}

@@ -31,7 +31,7 @@ class TrainConfig(BaseModel):
     steps: int = Field(300, ge=1, description="optimizer steps in all")
     global_batch_size: int = Field(16, ge=1, description="sequences a step")
     micro_batch_size: int | None = Field(
-        None, ge=1, description="sequences a forward pass; gradients accumulate over a step (default: the whole batch)"
+        None, ge=1, description="sequences a process in a forward pass; gradients accumulate over a step (default: all)"
     )
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
     schedule: Literal["cosine", "wsd"] = Field("cosine", description="after warm-up: cosine, or stable and then decay")

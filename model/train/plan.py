@@ -126,6 +126,6 @@ def _same(now: dict[str, Any], then: dict[str, Any], output: Path) -> None:
     if different:
         raise ModelError(
             f"{output} holds a training with other settings ({'; '.join(different)}); "
-            "name another training or take those settings.",
+            "train under another name (--train.name) or take those settings.",
             2,
         )

@@ -29,7 +29,9 @@ def figures(lines: Iterable[dict[str, Any]], steps: int) -> dict[str, Figure]:
 
     def curve(name: str) -> tuple[list[float], list[Any]]:
         points = sorted(sums[name])
-        return [(point + 0.5) * width for point in points], [sums[name][p][1] / sums[name][p][0] for p in points]
+        # The middle of the steps that a point stands for, which count from 1.
+        middles = [point * width + (width + 1) / 2 for point in points]
+        return middles, [total / count for count, total in (sums[name][point] for point in points)]
 
     return {
         "losses.png": _losses({name: curve(name) for name in sorted(sums) if name != "expert_load_max"}, validation),

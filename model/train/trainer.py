@@ -38,6 +38,7 @@ from model.train.optimizer import build_optimizer, learning_rate, set_learning_r
 from model.train.parallel import build, check
 from model.train.plan import CHECKPOINTS, forget, open_data, parameters, plan, summary
 from model.train.progress import TrainingProgress
+from model.train.room import within_memory
 from model.train.step import compute_gradients, to_device, update
 from model.train.system import SystemMetrics
 from model.train.tracking import Tracking
@@ -72,9 +73,11 @@ def train(lake: str, config: TrainConfig, *, code_version: str | None = None) ->
         tracking: Tracking | None = None
         if record["final"] is None:
             try:
-                world.from_main(lambda: check(config, ModelConfig(**record["model"]).experts, world.size))
-                tracking = _begin(lake, config, record, output, world)
-                result = _run(config, record, snapshot or open_data(lake, config, record), output, world, tracking)
+                model = ModelConfig(**record["model"])
+                world.from_main(lambda: check(config, model.experts, world.size))
+                with within_memory(config, model, world):
+                    tracking = _begin(lake, config, record, output, world)
+                    result = _run(config, record, snapshot or open_data(lake, config, record), output, world, tracking)
             except BaseException as error:
                 code = 75 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", None)
                 if tracking:

@@ -84,6 +84,8 @@ def test_without_model_the_lake_s_data_decide(
     [
         (["--gpus", "4"], "add --dry-run"),
         (["--dry-run", "--model", "dbrx", "--gpus", "6", "--train.global-batch-size", "8"], "take a multiple"),
+        # Also where what is set is the default.
+        (["--dry-run", "--model", "dbrx", "--gpus", "6", "--train.global-batch-size", "16"], "take a multiple"),
         (["--dry-run", "--model", "dbrx", "--gpus", "6", "--train.expert-parallel", "4"], "must divide the number"),
         (
             ["--dry-run", "--model", "dbrx", "--gpus", "3", "--train.expert-parallel", "3"],

@@ -28,7 +28,7 @@ from model.network.generate import SamplingConfig, generate
 from model.network.transformer import Transformer
 from model.registry.lineage import lineage
 from model.registry.load import load
-from model.registry.promote import PromotionConfig, champion_version, judge, promote
+from model.registry.promote import CHALLENGER, PromotionConfig, champion_version, judge, promote
 from model.registry.register import RegisteredVersion, register
 from model.registry.store import connect, experiment_id, tracking_uri
 from model.registry.tables import read_rows
@@ -97,7 +97,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Any:
         runs = [
             {
                 **run, "run_id": "01", "job": "tokenize", "inputs": [{"table": "silver.documents", "version": 2}],
-                "outputs": [{"table": "gold.tokens", "version": 5}],
+                "outputs": [{"table": "gold.tokens", "version": 4}],
+            },
+            {
+                **run, "run_id": "011", "job": "maintain",
+                "inputs": [{"table": "bronze.documents", "version": 7}, {"table": "gold.tokens", "version": 4}],
+                "outputs": [{"table": "bronze.documents", "version": 8}, {"table": "gold.tokens", "version": 5}],
             },
             {
                 **run, "run_id": "02", "job": "pack", "inputs": [{"table": "gold.tokens", "version": 5}],
@@ -262,6 +267,8 @@ def test_the_gate_promotes_refuses_and_writes_every_decision(world: Any) -> None
     assert ask("2", tolerance=0.2).promoted
     assert ask("3").promoted
     assert load(f"models:/{name}@champion", lake=world.lake).version == "3"
+    again = ask(CHALLENGER)  # promoted, so that there is none
+    assert (again.recorded, again.promoted, again.candidate_version) == (False, True, "3")
     rows = [r for r in read_rows(OPS_PROMOTIONS.uri(world.lake)) if r["model"] == name]
     rows.sort(key=lambda r: r["promotion_id"])
     assert [(r["candidate_version"], r["champion_version"], r["decision"]) for r in rows] == [
