@@ -22,8 +22,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
-from unittest import mock
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -31,9 +30,6 @@ from model.config import ModelConfig, load_preset
 from model.train.estimate import Estimate, estimate
 from model.train.machine import GIB, MACHINES
 from model.train.memory import TrainShape, moments
-
-if TYPE_CHECKING:
-    from model.loader.loader import Batch
 
 SEQUENCE, TOKENS = 4096, 16384
 SHAPES = {
@@ -64,12 +60,8 @@ def measure(config: ModelConfig, how: TrainShape) -> dict[str, int]:
     """Bytes allocated and held at most, on the fullest GPU, during a step that is not the first."""
     import torch
 
-    from benchmarks.training import batch, draw_on_device
-    from model.network.transformer import Transformer
+    from benchmarks.training import batch, trainer_step
     from model.train.config import TrainConfig
-    from model.train.optimizer import build_optimizer
-    from model.train.parallel import build
-    from model.train.step import compute_gradients, to_device, update
     from model.train.world import join_world
 
     settings = TrainConfig(
@@ -80,20 +72,14 @@ def measure(config: ModelConfig, how: TrainShape) -> dict[str, int]:
         activation_checkpointing=how.activation_checkpointing,
     )
     with join_world("cuda") as world:
-        with torch.device("meta"):
-            bare = Transformer(config)
-        with mock.patch.object(Transformer, "initialize", draw_on_device):
-            model = build(settings, bare, world)
-        optimizer = build_optimizer(model.parameters(), settings)
         tokens = batch(config, how.micro_batch_size * how.accumulation, how.sequence_length, 4)
-        data = to_device(cast("Batch", tokens), world.device)
+        step = trainer_step(config, tokens, settings, world)
         for number in range(3):
             if number == 1:
                 torch.cuda.synchronize()
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
-            figures = compute_gradients(model, optimizer, data, settings, world)
-            update(model, optimizer, figures, settings)
+            step()
         torch.cuda.synchronize()
         allocated = max(world.gather(torch.cuda.max_memory_allocated()))
         return {"allocated": allocated, "held": max(world.gather(torch.cuda.max_memory_reserved()))}

@@ -25,25 +25,20 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
-from unittest import mock
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
 from benchmarks import gpu
-from benchmarks.training import PEAK, SEQUENCE, batch, by_kind, draw_on_device, mfu
+from benchmarks.training import PEAK, SEQUENCE, batch, by_kind, mfu, trainer_step
 from model.config import ModelConfig, load_preset
-from model.network.transformer import Transformer
 from model.train.config import TrainConfig
-from model.train.optimizer import build_optimizer
-from model.train.parallel import build
-from model.train.step import compute_gradients, to_device, update
 from model.train.world import World, join_world
 
 if TYPE_CHECKING:
-    from model.loader.loader import Batch
+    pass
 
 SHAPES: dict[str, ModelConfig] = {
     "mixtral-3": load_preset("mixtral-8x7b", layers=3),
@@ -111,19 +106,7 @@ def measure(config: ModelConfig, length: int, flags: argparse.Namespace) -> dict
         activation_checkpointing=flags.checkpointing,
     )
     with join_world(flags.device) as world:
-        with torch.device("meta"):
-            bare = Transformer(config)
-        with mock.patch.object(Transformer, "initialize", draw_on_device):
-            model = build(settings, bare, world)
-        optimizer = build_optimizer(model.parameters(), settings)
-        data = to_device(cast("Batch", batch(config, SEQUENCES, length, 4)), world.device)
-
-        def step() -> float:
-            figures = compute_gradients(model, optimizer, data, settings, world)
-            loss = float(figures.loss)
-            update(model, optimizer, figures, settings)
-            return loss
-
+        step = trainer_step(config, batch(config, SEQUENCES, length, 4), settings, world)
         return _timed(step, world, flags)
 
 

@@ -100,10 +100,8 @@ def draw_on_device(model: Transformer) -> None:
                 parameter.fill_(1)
 
 
-def ours(config: ModelConfig, data: Tokens, device: torch.device, flags: argparse.Namespace) -> Callable[[], float]:
-    train = TrainConfig(loss_chunk=flags.loss_chunk, moments=flags.moments, compile=not flags.eager)
-    train = train.model_copy(update={"activation_checkpointing": "block" if flags.checkpointing else "none"})
-    world = World(device=device)
+def trainer_step(config: ModelConfig, data: Tokens, train: TrainConfig, world: World) -> Callable[[], float]:
+    """The trainer's own step on a model of its making, as a function that returns the loss. Waits for it."""
     with torch.device("meta"):
         model = Transformer(config)
     with mock.patch.object(Transformer, "initialize", draw_on_device):
@@ -111,13 +109,19 @@ def ours(config: ModelConfig, data: Tokens, device: torch.device, flags: argpars
     optimizer = build_optimizer(model.parameters(), train)
 
     def step() -> float:
-        batch = to_device(cast("Batch", data), device)
+        batch = to_device(cast("Batch", data), world.device)
         figures = compute_gradients(model, optimizer, batch, train, world)
         loss = float(figures.loss)
         update(model, optimizer, figures, train)
         return loss
 
     return step
+
+
+def ours(config: ModelConfig, data: Tokens, device: torch.device, flags: argparse.Namespace) -> Callable[[], float]:
+    train = TrainConfig(loss_chunk=flags.loss_chunk, moments=flags.moments, compile=not flags.eager)
+    train = train.model_copy(update={"activation_checkpointing": "block" if flags.checkpointing else "none"})
+    return trainer_step(config, data, train, World(device=device))
 
 
 def transformers(
