@@ -186,7 +186,7 @@ def _run(
         tokens_a_step = config.global_batch_size * snapshot.sequence_length
         validation = open_validation(snapshot, config, world, say) if config.validate_every else None
         speed, system = Speed(model.config, snapshot.sequence_length, world), SystemMetrics(world.main, say)
-        batches = iter(loader)
+        batches, saving = iter(loader), 0.0
         background.callback(batches.close)
         while position.step < config.steps:
             started = time.perf_counter()
@@ -211,6 +211,8 @@ def _run(
             took = time.perf_counter() - started
             position.seconds += took
             line |= {"learning_rate": rate, "skipped": int(bool(trouble)), **speed.line(tokens_a_step, took)}
+            if saving:
+                line["checkpoint_seconds"], saving = saving, 0.0
             if validation and config.validates(position.step) and (not stopping or position.step == config.steps):
                 line |= validation.losses(model, stop)
             if world.main:
@@ -219,6 +221,7 @@ def _run(
             if position.step % config.checkpoint_every == 0 or position.step == config.steps or stopping:
                 if world.main:
                     journal.flush()
+                started = time.perf_counter()
                 writer.save(
                     position.step,
                     model,
@@ -232,6 +235,7 @@ def _run(
                         "tokens": position.step * tokens_a_step,
                     },
                 )
+                saving = time.perf_counter() - started  # told with the next step: this one's line is in the checkpoint
             if stopping and position.step < config.steps:
                 writer.wait()
                 raise world.everywhere(

@@ -28,6 +28,10 @@ def test_training_learns_logs_and_is_found_done(settings: Callable[..., Case], m
     summary = train(config)
     losses = curve(config)
     assert [c[0] for c in losses] == list(range(1, 31))
+    lines = [json.loads(line) for line in (config.output_path / "metrics.jsonl").read_text().splitlines()]
+    stood = {line["step"]: line["checkpoint_seconds"] for line in lines if "checkpoint_seconds" in line}
+    assert set(stood) == {11, 21}, "of the saves at 10 and 20"
+    assert all(seconds > 0 for seconds in stood.values())
     assert losses[-1][1] < 0.75 * losses[0][1]
     assert (summary.step, summary.tokens, summary.final_loss) == (30, 30 * 4 * 32, losses[-1][1])
     assert sorted(p.name for p in (config.output_path / "checkpoints").iterdir()) == ["step-000020", "step-000030"]

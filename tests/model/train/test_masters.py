@@ -1,0 +1,93 @@
+"""The weights that GPUs train, bfloat16 beside the missing bits of their float32 masters, on every mesh (gloo)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.model.conftest import SMALLEST
+from tests.model.ranks import run_ranks
+
+# What GPUs train: bfloat16 matrices, and AdamW with the missing bits. Updates by made-up gradients, which every rank
+# draws whole; saves, or restores, and says sums of the whole float32 weights.
+MASTERS = """
+import json, sys
+from pathlib import Path
+import torch
+from model.config import ModelConfig
+from model.network.distributed import assign
+from model.network.transformer import Transformer
+from model.train import parallel
+from model.train.checkpoint import CheckpointWriter, _like, find_checkpoint, restore
+from model.train.config import TrainConfig
+from model.train.optimizer import build_optimizer
+from model.train.world import join_world
+
+root, degree, loads = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "load"
+settings = TrainConfig(expert_parallel=degree, learning_rate=0.1)
+with join_world("cpu") as world:
+    with torch.device("meta"):
+        model = Transformer(ModelConfig(**json.loads(sys.argv[4])))
+    # As parallel.build does it on a GPU.
+    model.compute_in(parallel.COMPUTE)
+    if world.group is not None:
+        parallel._shard(model, settings, world)
+    model.to_empty(device="cpu")
+    torch.manual_seed(0)
+    model.initialize()
+    optimizer = build_optimizer(model.parameters(), settings)
+
+    def update(seed):
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():
+            gradient = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+            parameter.grad = torch.empty_like(parameter)
+            assign(parameter.grad, gradient)
+        norm = optimizer.gradient_norm(world.group)
+        optimizer.step(gradient_scale=1 / norm)
+        return float(norm)
+
+    if loads:
+        restore(find_checkpoint(root)[0], model, optimizer, world)
+        optimizer.steps = 2
+    else:
+        print("norms", update(1), update(2))
+        writer = CheckpointWriter(root, world, 1)
+        writer.save(2, model, optimizer, state={}, manifest={})
+        writer.wait()
+    update(3)
+    mix = lambda count: torch.arange(count).double().sin()  # so that exchanged weights are seen
+    for name, parameter in model.named_parameters():
+        master = _like(parameter, optimizer.master(parameter))
+        master = master.full_tensor() if hasattr(master, "full_tensor") else master
+        if world.main:
+            mixed, lost = master.flatten().double() @ mix(master.numel()), master - master.bfloat16()
+            print(name, parameter.dtype, float(mixed), float(lost.abs().sum()))
+"""
+
+
+@pytest.mark.slow
+def test_weights_of_gpus_keep_their_float32_masters_on_every_mesh(tmp_path: Path) -> None:
+    model = json.dumps({**SMALLEST, "vocab_size": 64})
+    alone = run_ranks(1, MASTERS, str(tmp_path / "one"), "1", "save", model)[0]
+    assert "moe.w1 torch.bfloat16" in alone
+    assert "router.weight torch.float32" in alone
+    rest = alone.split("norms")[1].splitlines()[1:]
+    assert any(float(line.split()[-1]) > 0 for line in rest if "bfloat16" in line), "nothing is lost to rounding"
+    for size, degree in ((2, 1), (4, 2)):
+        saved = run_ranks(size, MASTERS, str(tmp_path / f"{size}-{degree}"), str(degree), "save", model)[0]
+        assert near(saved, alone)
+        # What one mesh saved another goes on with, and one process.
+        assert near(run_ranks(2, MASTERS, str(tmp_path / f"{size}-{degree}"), "2", "load", model)[0], alone)
+        assert near(run_ranks(1, MASTERS, str(tmp_path / f"{size}-{degree}"), "1", "load", model)[0], alone)
+
+
+def near(output: str, expected: str) -> bool:
+    """Whether the weights that two programs told are the same but for the norm's last bits."""
+    found, right = ([line.split() for line in text.splitlines() if " torch." in line] for text in (output, expected))
+    assert [line[:2] for line in found] == [line[:2] for line in right]
+    for a, b in zip(found, right, strict=True):
+        assert float(a[2]) == pytest.approx(float(b[2]), rel=1e-5, abs=1e-4), a[0]
+    return len(found) > 0
