@@ -5,8 +5,8 @@
     python benchmarks/parallel.py --device cpu --gpus 2 --quick        # tries the script out on gloo; no measurement
 
 A case is SHAPE:EXPERT_PARALLEL:CHECKPOINTING. Every GPU has sequences of its own, 16,384 tokens in sequences of 4,096.
-The step is the trainer's own (model/train/step.py, parallel.py): FSDP2 in bfloat16 with float32 weights, moments and
-reductions. Each case runs in processes of its own. Times are of whole steps by rank 0's clock, for each of which the
+The step is the trainer's own (model/train/step.py, parallel.py): FSDP2 of bfloat16 weights beside the missing bits of
+their float32 masters, moments and reductions in float32. Each case runs in processes of its own. Times are of whole steps by rank 0's clock, for each of which the
 host waits: the median and the quartiles of --steps after three. MFU as in training.py, of all GPUs' peak together.
 
 Of one step more the profiler tells, on rank 0, in milliseconds: computing (some kernel that is none of NCCL's runs),
@@ -25,7 +25,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -36,9 +36,6 @@ from benchmarks.training import PEAK, SEQUENCE, batch, by_kind, mfu, trainer_ste
 from model.config import ModelConfig, load_preset
 from model.train.config import TrainConfig
 from model.train.world import World, join_world
-
-if TYPE_CHECKING:
-    pass
 
 SHAPES: dict[str, ModelConfig] = {
     "mixtral-3": load_preset("mixtral-8x7b", layers=3),

@@ -1,6 +1,6 @@
 """x W^T to float32's precision for bfloat16 x, on tensor cores.
 
-A float32 number is, but for its last bit or two, the sum of three bfloat16 numbers (8 bits of significand each):
+A float32 number (24 bits of significand) is the sum of three bfloat16 numbers (8 bits each):
 
     W = W1 + W2 + W3                y = x W1^T + x W2^T + x W3^T      one product with [3E, D], then a sum of three
     G = G1 + G2 + G3 (dy)           dW = G1^T x + G2^T x + G3^T x     likewise
@@ -33,11 +33,20 @@ def float32_linear(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
 
 
 def in_three(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """bfloat16 tensors whose sum is the float32 one, the largest first."""
-    first = x.to(torch.bfloat16)
-    rest = x - first.float()
-    second = rest.to(torch.bfloat16)
-    return first, second, (rest - second.float()).to(torch.bfloat16)
+    """bfloat16 tensors whose sum is the float32 one, the largest first.
+
+    Cut off by bits and not rounded by a cast: compiled, a cast to bfloat16 and back is left out (Inductor keeps fused
+    values in float32), and the second and third parts would be zero.
+    """
+    first = _upper(x)
+    rest = x - first
+    second = _upper(rest)
+    return first.to(torch.bfloat16), second.to(torch.bfloat16), (rest - second).to(torch.bfloat16)
+
+
+def _upper(x: Tensor) -> Tensor:
+    """float32 with the 16 bits that bfloat16 has, the others zero."""
+    return (x.view(torch.int32) & -0x10000).view(torch.float32)
 
 
 class _Float32Linear(torch.autograd.Function):

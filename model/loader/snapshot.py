@@ -311,11 +311,10 @@ def _open(uri: str, version: int | None, options: Mapping[str, str] | None) -> D
 
 
 def _versions(uri: str, options: Mapping[str, str] | None) -> str:
-    """The versions of the table's log, in words; nothing where it cannot be read."""
+    """The table's latest version, in words; nothing where it cannot be read. The first depends on its checkpoints."""
     try:
-        table = DeltaTable(uri, storage_options=dict(options) if options else None)
-        return f" (its log has {min(c['version'] for c in table.history())} to {table.version()})"
-    except (DeltaError, OSError, ValueError):
+        return f" (the latest is {DeltaTable(uri, storage_options=dict(options) if options else None).version()})"
+    except (DeltaError, OSError):
         return ""
 
 

@@ -104,10 +104,19 @@ def _read(run: dict[str, Any]) -> list[tuple[str, int]]:
 
 
 def _before(runs: list[dict[str, Any]], run: dict[str, Any], table: str) -> dict[str, Any] | None:
-    """The run that wrote the version which this one changed in place."""
+    """The run that wrote the version which this one changed in place; where none says so, as the job that wrote it was
+    killed before its row, the last one before that."""
     before = next((version for name, version in _read(run) if name == table), None)
-    earlier = None if before is None else written_by(runs, table, before)
-    return None if earlier is None or earlier["run_id"] >= run["run_id"] else earlier
+    if before is None:
+        return None
+    wrote = [
+        (int(o["version"]), earlier)
+        for earlier in runs
+        for o in earlier.get("outputs") or ()
+        if o["table"] == table and int(o["version"]) <= before and earlier["run_id"] < run["run_id"]
+    ]
+    last = max((version for version, _ in wrote), default=None)
+    return None if last is None else written_by(runs, table, last)
 
 
 def _maker(runs: list[dict[str, Any]], writer: dict[str, Any] | None, table: str) -> dict[str, Any] | None:

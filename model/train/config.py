@@ -113,6 +113,8 @@ class TrainConfig(BaseModel):
         free = {"name", "output", "experiment", "device", "checkpoint_every", "keep_checkpoints", "log_every"}
         # They change rounding at most, and what fits a GPU is found out by trying.
         free |= {"expert_parallel", "expert_parallel_chunks", "activation_checkpointing", "compile", "loss_chunk"}
+        # The auxiliary loss depends on how a step is cut, and so on the processes' number, which is free.
+        free |= {"micro_batch_size"}
         # What is done about a bad batch is decided when there is one.
         free |= {"bad_batch", "spike"}
         # Looking changes nothing.

@@ -13,9 +13,9 @@ What is modelled, and must stay in step with the trainer and the kernels:
   what a rank has of them is divided over the other ranks by their width, where that divides, else by whole experts; all
   else by rows. Blocks are gathered and freed after use, in forward and in backward; embedding and head, the root, stay
   gathered to the end of backward. Gradients are reduced in float32, block by block, the root's at the end.
-- The residual stream is bfloat16. ``kept_per_token`` is what a block keeps for backward: on one GPU compiled whole,
-  as torch's partitioner cuts it (2.15, read from its graphs); on several, where attention alone is compiled, as
-  autograd saves it. Attention is fused and keeps no scores.
+- The residual stream is bfloat16. ``kept_per_token`` is what a block keeps for backward where it is compiled whole, as
+  torch's partitioner cuts it (2.15, read from its graphs); with ``expert_parallel`` its parts are, which keep about the
+  same. Attention is fused and keeps no scores.
 - The expert kernels' own rows are those that kernels/grouped.py allocates, step by step.
 - Loss in chunks (model/train/loss.py): the head's gradient is made in the forward pass, in float32.
 
@@ -175,7 +175,7 @@ def assignments(config: ModelConfig, shape: TrainShape, machine: Machine) -> int
     return ceil(shape.tokens * config.experts_chosen * uneven)
 
 
-def kept_per_token(config: ModelConfig, shape: TrainShape) -> dict[str, int]:
+def kept_per_token(config: ModelConfig) -> dict[str, int]:
     """Bytes a token that one block keeps for backward beside its experts' rows, by what they are."""
     D, qkv = config.width, config.query_width + 2 * config.kv_width
     kept = {
@@ -204,7 +204,7 @@ def kept(config: ModelConfig, shape: TrainShape, machine: Machine) -> int:
     rows = assignments(config, shape, machine)
     experts = rows * 2 * BF16 * config.expert_width  # both pre-activations
     received = rows * BF16 * config.width if shape.expert_parallel > 1 else 0
-    return shape.tokens * sum(kept_per_token(config, shape).values()) + experts + received
+    return shape.tokens * sum(kept_per_token(config).values()) + experts + received
 
 
 def _working(config: ModelConfig, shape: TrainShape, machine: Machine) -> tuple[int, int]:

@@ -28,9 +28,23 @@ CPU_BYTES = 16  # a parameter: weight, gradient and two moments in float32
 def within_memory(config: TrainConfig, model: ModelConfig, world: World) -> Iterator[None]:
     """A training within it that cannot fit does not begin, and one that runs out of a GPU's memory says what helps.
 
-    Every rank enters it. Errors: ModelError (2).
+    Every rank enters it. Errors: ModelError, 2 where there is not enough, 75 where others have too much of it.
     """
-    world.from_main(lambda: _check(config, model, world))
+    need = _needed(config, model, world)
+    free, total = (min(values) for values in zip(*world.gather(memory(world.device)), strict=True))
+    if need > free:
+        where = "on this machine" if world.device.type == "cpu" else "on each GPU" if world.size > 1 else "on the GPU"
+        what = (
+            f"{config.preset} has {model.parameters:,} parameters, whose weights, gradients and moments need "
+            f"{need / GIB:,.1f} GiB {where}"
+        )
+        if need <= total:
+            why = f"{what}, where {free / GIB:,.1f} of {total / GIB:,.1f} are free; end what has the others, run again."
+            raise world.everywhere(ModelError(why, 75))
+        why = f"{what}, which has {total / GIB:,.1f}; train a smaller preset or on more GPUs: "
+        raise world.everywhere(
+            ModelError(f"{why}lakemoe train --dry-run --model {config.preset} says what holds it.", 2)
+        )
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -42,28 +56,28 @@ def within_memory(config: TrainConfig, model: ModelConfig, world: World) -> Iter
         ) from error
 
 
-def _check(config: TrainConfig, model: ModelConfig, world: World) -> None:
+def _needed(config: TrainConfig, model: ModelConfig, world: World) -> int:
+    """Bytes on each GPU, or of the processes of this machine together."""
     shape = TrainShape(gpus=world.size, expert_parallel=config.expert_parallel, moments=config.moments)
     if world.device.type == "cuda":
-        need, free = moments(model, shape, MACHINES["h200"])["optimizer"].allocated, torch.cuda.mem_get_info()[0]
-        where = "on each GPU" if world.size > 1 else "on the GPU"
-    else:
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        need, free = CPU_BYTES * here * held(model, shape).all(model.layers), free_memory()
-        where = "on this machine"
-    if need > free:
-        raise ModelError(
-            f"{config.preset} has {model.parameters:,} parameters, whose weights, gradients and moments need "
-            f"{need / GIB:,.1f} GiB {where}, where {free / GIB:,.1f} are free; train a smaller preset or on more GPUs: "
-            f"lakemoe train --dry-run --model {config.preset} says what holds it.",
-            2,
-        )
+        return moments(model, shape, MACHINES["h200"])["optimizer"].allocated
+    return CPU_BYTES * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * held(model, shape).all(model.layers)
 
 
-def free_memory(group: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes of main memory that this process may still take: the machine's, and its container's (cgroup v2)."""
-    free = int(psutil.virtual_memory().available)
-    with contextlib.suppress(OSError, ValueError):  # no such files, or "max"
-        limit = int((group / "memory.max").read_text())
-        free = min(free, limit - int((group / "memory.current").read_text()))
-    return free
+def memory(device: torch.device, group: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:
+    """Bytes that this process may still take, and that there are in all: of the GPU, or of main memory.
+
+    Main memory is the machine's, or its container's where that has less (cgroup v2, seen from inside; limits of v1 and
+    of groups above are not seen). Files that the kernel keeps in memory count as free, as it lets go of them.
+    """
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), total
+    machine = psutil.virtual_memory()
+    free, total = int(machine.available), int(machine.total)
+    with contextlib.suppress(OSError, ValueError, KeyError):  # no such files, or "max"
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        files = int(stat["active_file"]) + int(stat["inactive_file"])
+        free, total = min(free, limit - used + files), min(total, limit)
+    return free, total

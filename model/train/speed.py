@@ -145,5 +145,6 @@ def step_time(config: ModelConfig, shape: TrainShape, machine: Machine) -> Time:
         recompute=times * L * forward if again else 0.0,
         parameters=times * (L * exposed + outer + copied / memory),
         all_to_all=times * L * exchange * (6 if again else 4),
-        optimizer=_OPTIMIZER_BYTES[shape.moments] * mine.all(L) / memory,
+        # Sums of several passes are float32, and are read by both.
+        optimizer=(_OPTIMIZER_BYTES[shape.moments] + (4 if times > 1 else 0)) * mine.all(L) / memory,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,23 +11,31 @@ from torch.nn import functional as F
 
 from kernels.float32_linear import float32_linear, in_three
 
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")),
-]
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
-def test_three_parts_are_the_number() -> None:
+COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=COMPILER)])
+def test_three_parts_are_the_number(compiled: bool) -> None:
+    split = torch.compile(in_three) if compiled else in_three
     x = torch.randn(100_000, generator=torch.Generator().manual_seed(0)) * 10.0 ** torch.arange(100_000).remainder(9)
-    parts = in_three(x)
+    parts = split(x)
     assert all(part.dtype == torch.bfloat16 for part in parts)
     total = sum(part.double() for part in reversed(parts))
-    assert float(((total - x.double()) / x.double()).abs().max()) < 2.0**-23
+    assert torch.equal(total, x.double())
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("device", "compiled"),
+    [("cpu", False), *(pytest.param("cuda", compiled, marks=NEEDS_CUDA) for compiled in (False, True))],
+)
 @pytest.mark.parametrize("shape", [(1, 8, 1), (300, 64, 5), (2048, 2048, 64)])
-def test_results_and_gradients_are_a_float32_product_s(device: str, shape: tuple[int, int, int]) -> None:
+def test_results_and_gradients_are_a_float32_product_s(
+    device: str, compiled: bool, shape: tuple[int, int, int]
+) -> None:
+    product = torch.compile(float32_linear, dynamic=False) if compiled else float32_linear
     T, D, E = shape
     generator = torch.Generator().manual_seed(T)
 
@@ -37,7 +47,7 @@ def test_results_and_gradients_are_a_float32_product_s(device: str, shape: tuple
     def run(dtype: torch.dtype | None) -> list[Tensor]:
         a, b = (t.clone() if dtype is None else t.to(dtype) for t in (x, weight))
         a.requires_grad_(), b.requires_grad_()
-        y = float32_linear(a, b) if dtype is None else F.linear(a, b)
+        y = product(a, b) if dtype is None else F.linear(a, b)
         return [y.detach(), *torch.autograd.grad(y, (a, b), grad.to(y.dtype))]
 
     exact, plain, ours = run(torch.float64), run(torch.float32), run(None)
