@@ -4,10 +4,11 @@
     python benchmarks/parallel.py --cases olmoe-16:1:none,olmoe-16:2:block --profile
     python benchmarks/parallel.py --device cpu --gpus 2 --quick        # tries the script out on gloo; no measurement
 
-A case is SHAPE:EXPERT_PARALLEL:CHECKPOINTING. Every GPU has sequences of its own, 16,384 tokens in sequences of 4,096.
-The step is the trainer's own (model/train/step.py, parallel.py): FSDP2 of bfloat16 weights beside the missing bits of
-their float32 masters, moments and reductions in float32. Each case runs in processes of its own. Times are of whole steps by rank 0's clock, for each of which the
-host waits: the median and the quartiles of --steps after three. MFU as in training.py, of all GPUs' peak together.
+A case is SHAPE:EXPERT_PARALLEL:CHECKPOINTING. Every GPU has sequences of its own, 16,384 tokens in sequences of
+4,096. The step is the trainer's own (model/train/step.py, parallel.py): FSDP2 of bfloat16 weights beside the missing
+bits of their float32 masters, moments and reductions in float32. Each case runs in processes of its own. Times are of
+whole steps by rank 0's clock, for each of which the host waits: the median and the quartiles of --steps after three.
+MFU as in training.py, of all GPUs' peak together.
 
 Of one step more the profiler tells, on rank 0, in milliseconds: computing (some kernel that is none of NCCL's runs),
 communicating alone (NCCL's kernels and nothing else: what is not hidden) and idle (nothing runs).

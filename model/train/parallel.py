@@ -3,11 +3,12 @@
     experts    rank p of every ``expert_parallel`` neighbours holds E / expert_parallel of them (DTensor Shard(0))
     all else   and what is left of the experts is divided over the other ranks by FSDP2 (fully_shard), block by block
 
-Every rank has sequences of its own. Matrices are divided, with their gradients and moments: on GPUs they are bfloat16,
-as on one, with the bits that are missing to float32 in the optimizer (kernels/adamw.py), and are gathered just before a
-block uses them; gradients are summed in float32 and then, as one GPU's are, bfloat16. Shared experts form a unit of their own, as they lie on a smaller
-mesh. Norms and routers are whole on every rank: they are small, and as they compute in float32 they would need units of
-their own, each of which costs the host a millisecond a step and more.
+Every rank has sequences of its own. Matrices are divided, with their gradients and moments: on GPUs they are
+bfloat16, as on one, with the bits that are missing to float32 in the optimizer (kernels/adamw.py), and are gathered
+just before a block uses them; gradients are summed in float32 and then, as one GPU's are, bfloat16. Shared experts
+form a unit of their own, as they lie on a smaller mesh. Norms and routers are whole on every rank: they are small,
+and as they compute in float32 they would need units of their own, each of which costs the host a millisecond a step
+and more.
 
 Legend: W ranks, P = expert_parallel; the mesh is [W / P, P].
 """

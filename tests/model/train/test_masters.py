@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.model.conftest import SMALLEST
+from tests.model.conftest import SMALLEST, WriteSequences
 from tests.model.ranks import run_ranks
 
 # What GPUs train: bfloat16 matrices, and AdamW with the missing bits. Updates by made-up gradients, which every rank
@@ -91,3 +91,35 @@ def near(output: str, expected: str) -> bool:
     for a, b in zip(found, right, strict=True):
         assert float(a[2]) == pytest.approx(float(b[2]), rel=1e-5, abs=1e-4), a[0]
     return len(found) > 0
+
+
+TRAIN = """
+import json, os, sys
+import torch
+torch.set_num_threads(1)
+from model.train import parallel, trainer
+from model.train.config import TrainConfig
+build = trainer.build
+# As it is on a GPU.
+trainer.build = lambda config, model, world: build(config, model.compute_in(parallel.COMPUTE), world)
+settings = json.loads(sys.argv[1])
+trainer.train(settings.pop("lake"), TrainConfig(**settings))
+"""
+
+
+@pytest.mark.slow
+def test_bfloat16_on_every_mesh_gives_one_curve(write_sequences: WriteSequences, tmp_path: Path) -> None:
+    lake, uri = write_sequences(), f"sqlite:///{tmp_path / 'mlflow.db'}"
+    curves = []
+    for size, degree in ((1, 1), (2, 1), (4, 2)):
+        name = f"{size}-{degree}"
+        settings = {"lake": lake, "name": name, "overrides": SMALLEST, "expert_parallel": degree, "steps": 6}
+        settings |= {"global_batch_size": 8, "micro_batch_size": 1, "warmup_steps": 2, "learning_rate": 1e-2}
+        run_ranks(size, TRAIN, json.dumps({**settings, "device": "cpu"}), MLFLOW_TRACKING_URI=uri)
+        lines = (Path(lake) / "training" / name / "metrics.jsonl").read_text().splitlines()
+        curves.append([[line["loss"], line["gradient_norm"]] for line in map(json.loads, lines)])
+    one, *others = curves
+    assert one[-1][0] < one[0][0] - 0.1
+    for other in others:
+        for a, b in zip(other, one, strict=True):
+            assert a == pytest.approx(b, rel=0.02)
