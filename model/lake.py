@@ -18,7 +18,8 @@ from pyarrow import fs
 
 from model.errors import ModelError
 from model.files import write_json
-from model.loader.store import ATTEMPTS, first_line, is_local, open_filesystem, raise_if_denied
+from model.loader.filesystems import open_filesystem, open_input
+from model.loader.store import ATTEMPTS, first_line, is_local, raise_if_denied
 from pipelines.tables import tokenizer_uri
 
 
@@ -57,7 +58,7 @@ def read_file(uri: str) -> bytes | None:
         filesystem, path = open_filesystem(uri, {}, ATTEMPTS)
         if filesystem.get_file_info(path).type != fs.FileType.File:
             return None
-        with filesystem.open_input_file(path) as file:
+        with open_input(filesystem, path) as file:
             return bytes(file.read())
     except (OSError, pa.ArrowException) as error:
         raise _told(uri, "read", error) from error
@@ -66,7 +67,7 @@ def read_file(uri: str) -> bytes | None:
 def read_kept(lake: str, name: str) -> Any:
     """What ``keep`` wrote, or None."""
     content = read_file(f"{lake.rstrip('/')}/{name}")
-    return None if content is None else json.loads(content)
+    return json.loads(content) if content else None  # Azure's client writes an empty file first
 
 
 def keep(lake: str, name: str, value: dict[str, Any]) -> None:
@@ -79,7 +80,7 @@ def keep(lake: str, name: str, value: dict[str, Any]) -> None:
         return
     try:
         filesystem, path_there = open_filesystem(uri, {}, ATTEMPTS)
-        with filesystem.open_output_stream(path_there) as file:  # an object is there once it is whole
+        with filesystem.open_output_stream(path_there) as file:  # closed, it is there whole
             file.write(json.dumps(value, indent=2, sort_keys=True).encode())
     except (OSError, pa.ArrowException) as error:
         raise _told(uri, "written", error) from error

@@ -295,9 +295,11 @@ def _open(uri: str, version: int | None, options: Mapping[str, str] | None) -> D
     except (DeltaError, OSError) as error:
         wanted = "its latest version" if version is None else f"version {version}"
         raise_if_denied(uri, error)
-        if "NoSuchBucket" in str(error):
+        code = re.search(r"<Code>(\w+)", str(error))
+        if code is not None and code[1] in ("NoSuchBucket", "ContainerNotFound"):
             raise ModelError(f"There is no bucket for {uri}; name one that there is.") from None
-        cause = re.sub(r"[^ -~]+(\[[0-9]*m)?", "", str(error).strip().splitlines()[-1]).strip()
+        said = code[1] if code is not None else str(error).strip().splitlines()[-1]
+        cause = re.sub(r"[^ -~]+(\[[0-9]*m)?", "", said).strip()
         if "Generic" in str(error) and "delta kernel" not in str(error):  # the store's, not the log's
             raise ModelError(
                 f"{uri} cannot be opened at {wanted}, the store does not answer ({cause}); "

@@ -1,9 +1,6 @@
 """The files of a table, on a local disk or in an object store, read by ranges; what may pass is tried again.
 
-Local files are memory-mapped. Object stores (s3://, s3a://, gs://, abfs://, abfss://) are read with pyarrow's clients,
-which take credentials and endpoints from storage options and the environment by the names that deltalake takes
-(AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AZURE_STORAGE_ACCOUNT_NAME, GOOGLE_APPLICATION_CREDENTIALS, ...), so that one
-setting serves the Delta log and the files.
+Local files are memory-mapped; object stores are read with pyarrow's clients (model/loader/filesystems.py).
 
 A server's error, a cut connection, a short answer or a request to slow down is tried again, after waits that double
 from a quarter of a second to 16 (with jitter, Brooker 2015, "Exponential backoff and jitter"), about a minute in all.
@@ -12,21 +9,19 @@ Then it ends with exit code 75. A missing file and a denial end at once with 1.
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
 from model.errors import ModelError
+from model.loader.filesystems import open_filesystem, open_input
 
 T = TypeVar("T")
 
@@ -162,7 +157,7 @@ class Store:
                 self._files.move_to_end(path)
                 return self._files[path]
             filesystem, root = self._filesystem, self._root
-        file = filesystem.open_input_file(f"{root}/{path}")
+        file = open_input(filesystem, f"{root}/{path}")
         with self._lock:
             _keep(self._files, path, file)
         return file
@@ -213,54 +208,6 @@ def chunks(footer: pq.FileMetaData, group: int, columns: Sequence[str]) -> list[
     row_group = footer.row_group(group)
     every = [row_group.column(number) for number in range(row_group.num_columns)]
     return [chunk for chunk in every if chunk.path_in_schema.split(".")[0] in columns]
-
-
-def open_filesystem(uri: str, options: Mapping[str, str], attempts: int = 1) -> tuple[fs.FileSystem, str]:
-    """pyarrow's file system for a path or URI, and the path within it without a trailing slash.
-
-    attempts: of each request to S3, by the client itself; the others' clients have their own number.
-    """
-    if "://" not in uri:
-        return fs.LocalFileSystem(use_mmap=True), str(Path(uri).absolute())
-    scheme, _, path = uri.partition("://")
-    path = unquote(path).rstrip("/")
-    lower = {name.lower(): value for name, value in options.items()}
-
-    def setting(*names: str) -> str | None:
-        """The first of these that is set, in the options before the environment."""
-        found = [lower[name.lower()] for name in names if name.lower() in lower]
-        return next(iter(found + [os.environ[name] for name in names if name in os.environ]), None)
-
-    if scheme == "file":
-        return fs.LocalFileSystem(use_mmap=True), path
-    if scheme in ("s3", "s3a"):
-        endpoint = urlsplit(setting("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT") or "")
-        region = setting("AWS_REGION", "AWS_DEFAULT_REGION")
-        return fs.S3FileSystem(
-            access_key=setting("AWS_ACCESS_KEY_ID"),
-            secret_key=setting("AWS_SECRET_ACCESS_KEY"),
-            session_token=setting("AWS_SESSION_TOKEN"),
-            anonymous=(setting("AWS_SKIP_SIGNATURE") or "").lower() in ("1", "true"),
-            region=region or (None if endpoint.netloc else fs.resolve_s3_region(path.partition("/")[0])),
-            endpoint_override=endpoint.netloc or None,
-            scheme=endpoint.scheme or "https",
-            # Store tries again itself, bodies that are cut short as well.
-            retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=attempts),
-            connect_timeout=10,
-            request_timeout=30,
-        ), path
-    if scheme in ("gs", "gcs"):
-        return fs.FileSystem.from_uri(f"gs://{path.partition('/')[0]}")[0], path
-    if scheme in ("abfs", "abfss"):
-        container, _, rest = path.partition("/")
-        container, _, host = container.partition("@")
-        filesystem = fs.AzureFileSystem(
-            account_name=host.partition(".")[0] or setting("AZURE_STORAGE_ACCOUNT_NAME") or "",
-            account_key=setting("AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_ACCESS_KEY"),
-            sas_token=setting("AZURE_STORAGE_SAS_TOKEN", "AZURE_STORAGE_SAS_KEY"),
-        )
-        return filesystem, f"{container}/{rest}"
-    raise ModelError(f"{uri} is in no store that the loader knows; use a path, s3://, gs:// or abfs(s)://.", 2)
 
 
 class _Parts:

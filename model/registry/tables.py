@@ -10,7 +10,8 @@ from deltalake import DeltaTable
 from deltalake.exceptions import DeltaError, TableNotFoundError
 from pyarrow import fs
 
-from model.loader.store import ATTEMPTS, open_filesystem
+from model.loader.filesystems import open_filesystem
+from model.loader.store import ATTEMPTS
 
 
 def read_rows(uri: str) -> list[dict[str, Any]]:

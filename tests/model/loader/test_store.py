@@ -15,6 +15,7 @@ import torch
 from benchmarks.loader_store import CUT, RESET, Fault, Proxy, upload
 from model.errors import ModelError
 from model.loader import store
+from model.loader.filesystems import open_filesystem
 from model.loader.loader import Batch, SequenceLoader, in_order
 from model.loader.snapshot import Snapshot, open_sequences
 
@@ -150,8 +151,8 @@ def test_closing_or_leaving_an_iterator_ends_its_threads(
 
 def test_a_store_of_no_known_kind_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no store that the loader knows"):
-        store.open_filesystem("ftp://somewhere/lake", {})
+        open_filesystem("ftp://somewhere/lake", {})
     options = {"AZURE_STORAGE_ACCOUNT_NAME": "account", "azure_storage_account_key": "a2V5"}
     for uri in ("abfs://container/lake/gold", "abfss://container@account.dfs.core.windows.net/lake/gold/"):
-        filesystem, root = store.open_filesystem(uri, options)
+        filesystem, root = open_filesystem(uri, options)
         assert (filesystem.type_name, root) == ("abfs", "container/lake/gold")
