@@ -6,22 +6,38 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from benchmarks.loader_store import environment, s3_server, upload
+from benchmarks import loader_store
 from jobs import runs
+from tests import stores
 from tests.model.conftest import SMALLEST, WriteSequences, write_sequences  # noqa: F401  (a fixture)
 
 SETTINGS: dict[str, Any] = {"steps": 3, "global_batch_size": 4, "warmup_steps": 1, "device": "cpu", "name": "a"}
 SETTINGS |= {"overrides": {**SMALLEST, "max_seq_len": 32}, "validate_every": 2}
 
 
+@contextmanager
+def uploaded(scheme: str, folder: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The lake's URI in a store on localhost, which the environment names."""
+    with loader_store.s3_server() if scheme == "s3" else stores.azure_server() as port:
+        wanted = loader_store.environment(port) if scheme == "s3" else stores.environment(scheme, port)
+        for name, value in wanted.items():
+            monkeypatch.setenv(name, value)
+        yield loader_store.upload(folder, port, "lake") if scheme == "s3" else stores.upload(folder, scheme, "lake")
+
+
+# Not gs: fake-gcs-server does not take the requests that deltalake writes with.
 @pytest.mark.slow
-def test_every_command_behind_pack_takes_a_lake_in_s3(
+@pytest.mark.parametrize("scheme", ["s3", "abfs"])
+def test_every_command_behind_pack_takes_a_lake_in_a_store(
+    scheme: str,
     write_sequences: WriteSequences,  # noqa: F811
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -41,10 +57,7 @@ def test_every_command_behind_pack_takes_a_lake_in_s3(
         assert ran.returncode == 0, ran.stdout + ran.stderr
         return ran.stdout
 
-    with s3_server() as port:
-        for name, value in environment(port).items():
-            monkeypatch.setenv(name, value)
-        lake = upload(folder, port, "lake")
+    with uploaded(scheme, folder, monkeypatch) as lake:
         refused = lakemoe("train", lake, train=SETTINGS)
         assert refused.returncode == 2, refused.stderr
         assert "train.output" in refused.stderr
@@ -67,4 +80,4 @@ def test_every_command_behind_pack_takes_a_lake_in_s3(
 
     done("train", folder, train={**SETTINGS, "output": str(tmp_path / "local")})
     assert losses(output) == losses(tmp_path / "local"), "the same training as on the disk"
-    assert not list(Path(tmp_path).glob("s3:*")), "no folder was made where an address was meant"
+    assert not list(Path(tmp_path).glob(f"{scheme}:*")), "no folder was made where an address was meant"
