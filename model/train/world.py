@@ -107,6 +107,6 @@ def join_world(device: DeviceName) -> Iterator[World]:
     yield World(device=picked, rank=dist.get_rank(), size=size, group=dist.group.WORLD, background=aside)
     # Not after an error: NCCL would wait for peers that wait for this rank, where its end lets torchrun end them.
     # While this waits, gloo's threads let go of the last tensors; one that does so as Python ends aborts the process
-    # (seen once in 28, torch 2.15), and the launcher takes what is done for a failure.
+    # (3 of 47 runs of two, torch 2.15), and the launcher takes what is done for a failure.
     dist.barrier(group=aside)
     dist.destroy_process_group()

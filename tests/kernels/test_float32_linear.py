@@ -12,8 +12,6 @@ from torch.nn import functional as F
 from kernels.float32_linear import float32_linear, in_three
 
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-
-
 COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 
 

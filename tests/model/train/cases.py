@@ -13,17 +13,6 @@ from model.registry.store import tracking_uri
 from model.train import trainer
 from model.train.config import TrainConfig, TrainSummary
 
-TINY = {
-    "layers": 2,
-    "width": 32,
-    "heads": 4,
-    "kv_heads": 2,
-    "head_width": 8,
-    "experts": 4,
-    "experts_chosen": 2,
-    "expert_width": 16,
-}
-
 
 class Case(TrainConfig):
     """A training with the lake that it is on."""

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from tests.model.conftest import WriteSequences
-from tests.model.train.cases import TINY, Case
+from tests.model.conftest import SMALLEST, WriteSequences
+from tests.model.train.cases import Case
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +33,7 @@ def settings(write_sequences: WriteSequences, tmp_path: Path, empty_mlflow: Path
 
     def make(name: str = "a", **fields: Any) -> Case:
         common = {"steps": 8, "global_batch_size": 4, "checkpoint_every": 3, "warmup_steps": 2, "device": "cpu"}
-        return Case(**{"lake": lake, "name": name, "overrides": TINY, **common, **fields})
+        return Case(**{"lake": lake, "name": name, "overrides": SMALLEST, **common, **fields})
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")

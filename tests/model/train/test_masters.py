@@ -20,7 +20,7 @@ from model.config import ModelConfig
 from model.network.distributed import assign
 from model.network.transformer import Transformer
 from model.train import parallel
-from model.train.checkpoint import CheckpointWriter, _like, find_checkpoint, restore
+from model.train.checkpoint import CheckpointWriter, _whole_weights, find_checkpoint, restore
 from model.train.config import TrainConfig
 from model.train.optimizer import build_optimizer
 from model.train.world import join_world
@@ -30,13 +30,8 @@ settings = TrainConfig(expert_parallel=degree, learning_rate=0.1)
 with join_world("cpu") as world:
     with torch.device("meta"):
         model = Transformer(ModelConfig(**json.loads(sys.argv[4])))
-    # As parallel.build does it on a GPU.
-    model.compute_in(parallel.COMPUTE)
-    if world.group is not None:
-        parallel._shard(model, settings, world)
-    model.to_empty(device="cpu")
-    torch.manual_seed(0)
-    model.initialize()
+    # As it is on a GPU.
+    model = parallel.build(settings, model.compute_in(parallel.COMPUTE), world)
     optimizer = build_optimizer(model.parameters(), settings)
 
     def update(seed):
@@ -59,12 +54,10 @@ with join_world("cpu") as world:
         writer.wait()
     update(3)
     mix = lambda count: torch.arange(count).double().sin()  # so that exchanged weights are seen
-    for name, parameter in model.named_parameters():
-        master = _like(parameter, optimizer.master(parameter))
-        master = master.full_tensor() if hasattr(master, "full_tensor") else master
-        if world.main:
-            mixed, lost = master.flatten().double() @ mix(master.numel()), master - master.bfloat16()
-            print(name, parameter.dtype, float(mixed), float(lost.abs().sum()))
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    for name, master in _whole_weights(model, optimizer, world).items():
+        mixed, lost = master.flatten().double() @ mix(master.numel()), master - master.bfloat16()
+        print(name, dtypes[name], float(mixed), float(lost.abs().sum()))
 """
 
 

@@ -18,8 +18,8 @@ from model.registry.store import tracking_uri
 from model.train import trainer
 from model.train.checkpoint import find_checkpoint, read_checkpoint
 from model.train.config import TrainConfig
-from tests.model.conftest import WriteSequences
-from tests.model.train.cases import TINY, Case, curve, mlflow_curve, runs, stop_after, train, weights
+from tests.model.conftest import SMALLEST, WriteSequences
+from tests.model.train.cases import Case, curve, mlflow_curve, runs, stop_after, train, weights
 
 
 def test_training_learns_logs_and_is_found_done(settings: Callable[..., Case], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +71,9 @@ def test_equal_lakes_give_equal_curves_and_weights(
 def test_accumulated_gradients_are_the_batchs(settings: Callable[..., Case]) -> None:
     whole, parts = settings("whole"), settings("parts", micro_batch_size=2)
     # Without the auxiliary loss, which is a micro-batch's own.
-    whole, parts = (c.model_copy(update={"overrides": {**TINY, "balance_loss_weight": 0.0}}) for c in (whole, parts))
+    whole, parts = (
+        c.model_copy(update={"overrides": {**SMALLEST, "balance_loss_weight": 0.0}}) for c in (whole, parts)
+    )
     train(whole)
     train(parts)
     for a, b in zip(curve(whole), curve(parts), strict=True):
@@ -86,9 +88,9 @@ def test_what_cannot_go_on_is_refused_by_name(settings: Callable[..., Case], wri
         train(settings(steps=3, seed=1))
     assert refused.value.exit_code == 2
     with pytest.raises(ModelError, match="the model takes 16"):
-        train(settings("b", overrides={**TINY, "max_seq_len": 16}))
+        train(settings("b", overrides={**SMALLEST, "max_seq_len": 16}))
     with pytest.raises(ModelError, match="less than the tokenizer's 261"):
-        train(settings("c", overrides={**TINY, "vocab_size": 100}))
+        train(settings("c", overrides={**SMALLEST, "vocab_size": 100}))
     # The version is pinned: what is appended later does not enter a training that began before.
     write_sequences(seed=1, mode="append")
     train(settings("d", sequences_version=0))
@@ -96,7 +98,7 @@ def test_what_cannot_go_on_is_refused_by_name(settings: Callable[..., Case], wri
 
 
 def test_a_loss_that_is_not_finite_names_its_sequences(settings: Callable[..., Case]) -> None:
-    config = settings(learning_rate=1e30, warmup_steps=0, overrides={**TINY, "qkv_clip": None})
+    config = settings(learning_rate=1e30, warmup_steps=0, overrides={**SMALLEST, "qkv_clip": None})
     with pytest.raises(ModelError, match="not finite at step"):
         train(config)
     bad = json.loads((config.output_path / "bad_batch.json").read_text())
