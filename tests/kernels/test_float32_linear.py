@@ -53,5 +53,6 @@ def test_results_and_gradients_are_a_float32_product_s(
     for name, right, theirs, found in zip(("y", "dx", "dw"), exact, plain, ours, strict=True):
         scale = float(right.abs().max())
         error, other = (float((t.double() - right).abs().max()) / scale for t in (found, theirs))
-        # dx is rounded to bfloat16 at the end; the others are as near as tensor cores add up.
-        assert error <= (2.0**-8 if name == "dx" else max(8 * other, 1e-6)), (name, error, other)
+        # dx is rounded to bfloat16 at the end; the others are as near as tensor cores add up (measured: 3e-6 over 2048
+        # products, where two parts for three would be 1e-5 off).
+        assert error <= (2.0**-8 if name == "dx" else max(2 * other, 2.0**-18)), (name, error, other)
