@@ -10,8 +10,8 @@ import torch
 from safetensors import SafetensorError
 
 from model.convert.hugging_face import check_tensors, from_hugging_face, read_config
-from model.convert.shards import LazyTensors, shard_files
 from model.errors import ModelError
+from model.weights import LazyTensors, weight_files
 
 # Two float32 copies of a larger model are more than an export should take from the machine that it runs on.
 COMPARED_UP_TO = 500_000_000  # parameters
@@ -26,7 +26,7 @@ def check_files(folder: Path) -> int:
     """
     config, layout = read_config(folder)
     try:
-        with LazyTensors(shard_files(folder)) as theirs:
+        with LazyTensors(weight_files(folder)) as theirs:
             check_tensors(theirs, config, layout, source=str(folder))
             return len(theirs)
     except (OSError, SafetensorError, ValueError) as error:

@@ -11,11 +11,12 @@ from safetensors import SafetensorError
 
 from model.config import parse_config
 from model.convert.hugging_face import Exported, to_hugging_face
-from model.convert.shards import LazyTensors, Progress
+from model.convert.shards import Progress
 from model.errors import ModelError
 from model.evaluate.held_out import read_manifest
 from model.lake import tokenizer_file
-from model.registry.load import CONFIG, TOKENIZER, WEIGHTS
+from model.registry.load import CONFIG, TOKENIZER
+from model.weights import LazyTensors, weight_files, weights_sha256
 
 
 def export_folder(
@@ -28,7 +29,7 @@ def export_folder(
     max_shard_bytes: int = 5_000_000_000,
     progress: Progress | None = None,
 ) -> tuple[Exported, Mapping[str, Any]]:
-    """Export ``source``, a folder with WEIGHTS, CONFIG and MANIFEST, and say which data the model was trained on.
+    """Export ``source``, a folder with weights, CONFIG and MANIFEST, and say which data the model was trained on.
 
     The tokenizer is the folder's own, where it has one, else the lake's. lakemoe.json says the weights' sha256, the
     step, the table and its version. Errors: those of to_hugging_face; ModelError where the source is not whole.
@@ -36,7 +37,7 @@ def export_folder(
     manifest = read_manifest(source)
     data = manifest["data"]
     origin = {
-        "weights_sha256": manifest["files"][WEIGHTS]["sha256"],
+        "weights_sha256": weights_sha256(manifest),
         "step": manifest["step"],
         "training_run_id": manifest.get("mlflow_run_id"),
         "data": {key: data.get(key) for key in ("table", "table_id", "version", "tokenizer_id")},
@@ -46,7 +47,7 @@ def export_folder(
         tokenizer = tokenizer_file(lake, data["tokenizer_id"])
     try:
         config = parse_config((source / CONFIG).read_text(encoding="utf-8"), source=str(source / CONFIG))
-        with LazyTensors([source / WEIGHTS]) as weights:
+        with LazyTensors(weight_files(source)) as weights:
             exported = to_hugging_face(
                 weights,
                 config,
@@ -58,6 +59,6 @@ def export_folder(
                 origin=origin,
                 progress=progress,
             )
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"{source} holds no whole model ({error}); take another checkpoint or version.") from error
     return exported, data

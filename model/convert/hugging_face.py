@@ -22,12 +22,13 @@ from safetensors import SafetensorError
 from model.config import ModelConfig
 from model.convert.configs import from_config_json, to_config_json
 from model.convert.layouts import Layout, choose_layout, vllm_differs
-from model.convert.shards import LazyTensors, Progress, shape_of, shard_files, write_shards
+from model.convert.shards import Progress, shape_of, write_shards
 from model.convert.tensors import Published, published, shapes
 from model.errors import ModelError
 from model.files import TEMPORARY, flush
 from model.network.generate import end_of_text_id, load_tokenizer
 from model.network.transformer import Transformer
+from model.weights import LazyTensors, weight_files
 from pipelines.tables import END_OF_TEXT, PAD, SPECIAL_TOKENS
 
 CONFIG, GENERATION, TOKENIZER, TOKENIZER_CONFIG = (
@@ -111,7 +112,7 @@ def from_hugging_face(
     """
     config, layout = read_config(folder)
     try:
-        with LazyTensors(shard_files(folder)) as theirs:
+        with LazyTensors(weight_files(folder)) as theirs:
             check_tensors(theirs, config, layout, source=str(folder))
             # Allocated once and filled in place, on meta until then.
             with torch.device("meta"):

@@ -30,8 +30,9 @@ from model.loader.loader import in_order
 from model.loader.snapshot import Snapshot, open_sequences
 from model.network.generate import load_tokenizer
 from model.network.transformer import Transformer
-from model.registry.load import MANIFEST, WEIGHTS, open_weights
+from model.registry.load import MANIFEST, open_weights
 from model.train.loss import token_losses
+from model.weights import weights_sha256
 from pipelines.tables import SPECIAL_TOKENS
 
 FORMAT = 1  # of the files in evaluations/
@@ -103,7 +104,7 @@ def evaluate_folder(
     sequences done and in all. Errors: ModelError where the model or its data is not there.
     """
     manifest = read_manifest(folder)
-    data, weights = data or manifest["data"], str(manifest["files"][WEIGHTS]["sha256"])
+    data, weights = data or manifest["data"], weights_sha256(manifest)
     edition = (data["tokenizer_id"], data["sequence_length"])
     held_out = open_sequences(lake, data["version"], "validation", *edition)
     # The description is the training split's, so its content is known before it is opened.

@@ -20,14 +20,15 @@ from model.errors import ModelError
 from model.network.generate import load_tokenizer
 from model.network.transformer import Transformer
 from model.registry.store import connect
+from model.weights import weight_files
 
-WEIGHTS, CONFIG, TOKENIZER, MANIFEST = "model.safetensors", "config.yaml", "tokenizer.json", "manifest.json"
+CONFIG, TOKENIZER, MANIFEST = "config.yaml", "tokenizer.json", "manifest.json"
 _URI = re.compile(r"models:/(?P<name>[^/@:]+)(?:@(?P<alias>[^/@]+)|/(?P<version>\d+))")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel:
-    """A registered version in memory. folder holds its files: WEIGHTS, CONFIG, TOKENIZER and MANIFEST."""
+    """A registered version in memory. folder holds its files: weights, CONFIG, TOKENIZER, MANIFEST."""
 
     transformer: Transformer
     tokenizer: Tokenizer
@@ -103,13 +104,16 @@ def open_folder(folder: Path, device: str | torch.device = "cpu") -> tuple[Trans
 
 
 def open_weights(folder: Path, device: str | torch.device = "cpu") -> tuple[Transformer, ModelConfig]:
-    """Network, in evaluation mode, and configuration of a folder with WEIGHTS and CONFIG, a checkpoint's too."""
+    """Network, in evaluation mode, and configuration of a folder with weights and CONFIG, a checkpoint's too."""
     try:
         config = parse_config((folder / CONFIG).read_text(encoding="utf-8"), source=str(folder / CONFIG))
         # On meta first: the weights are neither initialised for nothing nor held twice.
         with torch.device("meta"):
             transformer = Transformer(config)
-        transformer.load_state_dict(load_file(folder / WEIGHTS, device=str(device)), assign=True)
-    except (OSError, SafetensorError, RuntimeError) as error:
+        weights: dict[str, torch.Tensor] = {}
+        for file in weight_files(folder):
+            weights |= load_file(file, device=str(device))
+        transformer.load_state_dict(weights, assign=True)
+    except (OSError, ValueError, SafetensorError, RuntimeError) as error:
         raise ModelError(f"{folder} holds no whole model ({error}); register it again.") from error
     return transformer.eval(), config

@@ -25,9 +25,10 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
 from model.errors import ModelError
 from model.lake import tokenizer_file
-from model.registry.load import CONFIG, MANIFEST, TOKENIZER, WEIGHTS
+from model.registry.load import CONFIG, MANIFEST, TOKENIZER
 from model.registry.store import connect, experiment_id
 from model.train.checkpoint import read_checkpoint
+from model.weights import INDEX, weight_files, weights_sha256
 
 PREFIX = "lakemoe."
 WEIGHTS_TAG = PREFIX + "weights_sha256"
@@ -75,7 +76,7 @@ def register(
     Killed anywhere, the next call ends in the same one version. Errors: ModelError.
     """
     read = read_checkpoint(Path(checkpoint))
-    weights = str(read.manifest["files"][WEIGHTS]["sha256"])
+    weights = weights_sha256(read.manifest)
     tokenizer = tokenizer_file(lake, str(_data(read.manifest)["tokenizer_id"]))
     client = connect(lake)
     if found := _version_of(client, name, weights):
@@ -83,8 +84,11 @@ def register(
         return RegisteredVersion(name=name, version=str(found.version), created=False)
     known = lineage_tags(read.manifest)
     known.update({PREFIX + key: str(value) for key, value in {**(metrics or {}), **(tags or {})}.items()})
-    files = {"weights": read.folder / WEIGHTS, "config": read.folder / CONFIG, "manifest": read.folder / MANIFEST}
-    files["tokenizer"] = tokenizer
+    files = {"config": read.folder / CONFIG, "manifest": read.folder / MANIFEST, "tokenizer": tokenizer}
+    shards = weight_files(read.folder)
+    files |= {f"weights-{n}" if n else "weights": file for n, file in enumerate(shards)}
+    if len(shards) > 1:
+        files["index"] = read.folder / INDEX
     run_id = read.manifest.get("mlflow_run_id")
     experiment = client.get_run(run_id).info.experiment_id if run_id else experiment_id(client)
     try:
@@ -101,7 +105,7 @@ def lineage_tags(manifest: Mapping[str, Any]) -> dict[str, str]:
     data = _data(manifest)
     table = PREFIX + str(data["table"])
     found = {
-        WEIGHTS_TAG: manifest["files"][WEIGHTS]["sha256"],
+        WEIGHTS_TAG: weights_sha256(manifest),
         f"{table}.version": data["version"],
         f"{table}.table_id": data["table_id"],
         PREFIX + "tokenizer_id": data["tokenizer_id"],

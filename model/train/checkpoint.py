@@ -1,10 +1,13 @@
 """Checkpoints that are there whole or not at all, written in the background.
 
-A folder ``step-000123`` holds model.safetensors (the whole float32 weights, whoever held which part), optimizer/
-(moments and random states, each rank's part in a safetensors file, by torch.distributed.checkpoint),
-training_state.json (position, counters), config.yaml (the model's) and manifest.json (every file's size and sha256, the
-data, the training's settings). It is written under another name, flushed to disk and renamed; nothing is pickled. Any
-world reads what any other has written.
+A folder ``step-000123`` holds model.safetensors (the whole float32 weights, whoever held which part; several files
+where they are large, weights.py), optimizer/ (moments and random states, each rank's part in a safetensors file, by
+torch.distributed.checkpoint), training_state.json (position, counters), config.yaml (the model's) and manifest.json
+(every file's size and sha256, the data, the training's settings). It is written under another name, flushed to disk and
+renamed; nothing is pickled. Any world reads what any other has written.
+
+Every rank writes, digests and later verifies its share of the files, so that nothing grows with the model alone: of
+DBRX's 526 GB of weights no rank of 512 holds more than a file of 5 GB.
 """
 
 from __future__ import annotations
@@ -19,10 +22,9 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch import distributed as dist
@@ -30,15 +32,18 @@ from torch import distributed as dist
 from model.config import ModelConfig, dump_config
 from model.errors import ModelError
 from model.files import TEMPORARY, flush, write_json
-from model.network.distributed import assign, local_part
+from model.network.distributed import local_part
 from model.network.transformer import Transformer
 from model.train.optimizer import AdamW
-from model.train.world import World
+from model.train.world import ALONE, World
+from model.weights import INDEX, LazyTensors, split, weight_files, write_index
 
-MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer", "training_state.json"
+OPTIMIZER, STATE = "optimizer", "training_state.json"
 CONFIG, MANIFEST = "config.yaml", "manifest.json"
 PREFIX = "step-"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+T = TypeVar("T")
+Weights = dict[str, dict[str, Tensor]]  # whole tensors by name, by file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,12 +88,13 @@ class CheckpointWriter:
         Errors: ModelError (75) where that one could not be written.
         """
         self.wait()
-        weights = _whole_weights(model, optimizer, self.world)
+        sizes = _sizes(model)
+        weights = _whole_weights(model, optimizer, self.world, sizes)
         parts = _parts(model, optimizer, self.world, copy=True)
 
         def write() -> None:
             try:
-                self._folder = self._write(step, weights, parts, model.config, state, manifest)
+                self._folder = self._write(step, sizes, weights, parts, model.config, state, manifest)
                 if self._saved is not None:
                     self._saved(step)
             except Exception as error:
@@ -115,7 +121,8 @@ class CheckpointWriter:
     def _write(
         self,
         step: int,
-        weights: dict[str, Tensor],
+        sizes: dict[str, int],
+        weights: Weights,
         parts: dict[str, Tensor],
         config: ModelConfig,
         state: dict[str, Any],
@@ -126,21 +133,34 @@ class CheckpointWriter:
         self._together(final, lambda: _prepare(temporary) if self.world.main else None)
         self._together(final, lambda: self._write_part(temporary, parts))
 
+        def write() -> dict[str, Any]:
+            """This rank's files of the rest; the sizes and digests of all that are its own."""
+            for file, tensors in weights.items():
+                save_file(tensors, temporary / file)
+            ours = [temporary / file for file in weights]
+            ours += (temporary / OPTIMIZER).glob(f"shard-{self.world.rank + 1:05d}-*")
+            if self.world.main:
+                (temporary / CONFIG).write_text(dump_config(config), encoding="utf-8")
+                (temporary / STATE).write_text(json.dumps(state, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+                write_index(temporary, split(sizes), sum(sizes.values()))
+                ours += [temporary / CONFIG, temporary / STATE, *temporary.glob(INDEX)]
+            for path in ours:
+                flush(path)
+            return {
+                str(path.relative_to(temporary)): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+                for path in ours
+            }
+
+        written = self._together(final, write)
+
         def finish() -> None:
             if not self.world.main:
                 return
-            save_file(weights, temporary / MODEL)
-            (temporary / CONFIG).write_text(dump_config(config), encoding="utf-8")
-            (temporary / STATE).write_text(json.dumps(state, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-            names = [p.relative_to(temporary) for p in sorted(temporary.rglob("*")) if p.is_file()]
-            files = {}
-            for name in names:
-                flush(temporary / name)
-                files[str(name)] = {"bytes": (temporary / name).stat().st_size, "sha256": _sha256(temporary / name)}
+            files = {name: said for part in written for name, said in sorted(part.items())}
+            there = {str(file.relative_to(temporary)) for file in temporary.rglob("*") if file.is_file()}
+            if there != files.keys() or not all(written):
+                raise OSError("not every process's files are there: it must be a shared folder")
             flush(temporary / OPTIMIZER)
-            shards = sum(name.parent.name == OPTIMIZER for name in names)
-            if shards != self.world.size:
-                raise OSError(f"{shards} of {self.world.size} processes' files are there: it must be a shared folder")
             write_json(temporary / MANIFEST, {**manifest, "format": 2, "step": step, "files": files})
             if final.exists():  # one that could not be read when this run resumed from an older one
                 shutil.rmtree(final)
@@ -163,25 +183,27 @@ class CheckpointWriter:
             warnings.simplefilter("ignore")  # of a world of one
             save(dict(parts), storage_writer=writer, process_group=self._group, no_dist=self._group is None)
 
-    def _together(self, final: Path, part: Callable[[], None]) -> None:
-        """One step of the writing on every rank; where one fails, all do, and what was written goes."""
-        why = ""
+    def _together(self, final: Path, part: Callable[[], T]) -> list[T]:
+        """One step of the writing on every rank, and what each returned; where one fails, all do, and what was written
+        goes."""
+        why, result = "", None
         try:
-            part()
+            result = part()
         except Exception as error:
             # OSError, SafetensorError, and what torch.distributed.checkpoint wraps them in
             why = str(error) or type(error).__name__
-        reasons: list[Any] = [why]
+        said: list[Any] = [(why, result)]
         if self._group is not None:
-            reasons = [None] * self.world.size
-            dist.all_gather_object(reasons, why, group=self._group)
-        if why := next(filter(None, reasons), ""):
+            said = [None] * self.world.size
+            dist.all_gather_object(said, (why, result), group=self._group)
+        if why := next(filter(None, (reason for reason, _ in said)), ""):
             shutil.rmtree(final.with_name(f"{TEMPORARY}{final.name}"), ignore_errors=True)
             raise ModelError(
                 f"The checkpoint {final} could not be written ({why.strip().splitlines()[-1]}); "
                 "make room or mend the disk and run again.",
                 75,
             )
+        return [result for _, result in said]
 
 
 def _prepare(temporary: Path) -> None:
@@ -189,31 +211,55 @@ def _prepare(temporary: Path) -> None:
     temporary.mkdir(parents=True)
 
 
-def find_checkpoint(root: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint under root that is whole, and what is wrong with newer ones. Removes half-written ones."""
-    for half in root.glob(f"{TEMPORARY}*"):
-        shutil.rmtree(half, ignore_errors=True)
+def find_checkpoint(root: Path, world: World = ALONE) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint under root that is whole, and what is wrong with newer ones. Removes half-written ones.
+
+    Every rank of ``world`` calls it and finds the same.
+    """
+
+    def look() -> list[Path]:
+        for half in root.glob(f"{TEMPORARY}*"):
+            shutil.rmtree(half, ignore_errors=True)
+        return _folders(root)
+
     broken: list[str] = []
-    for folder in _folders(root):
+    for folder in world.from_main(look):
         try:
-            return read_checkpoint(folder), broken
+            return read_checkpoint(folder, world), broken
         except ModelError as error:
             broken.append(str(error))
     return None, broken
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
-    """A checkpoint whose files are all as the manifest says; else ModelError."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        for name, expected in manifest["files"].items():
+def read_checkpoint(folder: Path, world: World = ALONE) -> Checkpoint:
+    """A checkpoint whose files are all as the manifest says, each of which one rank reads; else ModelError."""
+
+    def read() -> Checkpoint:
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+            _ = [(said["bytes"], said["sha256"]) for said in manifest["files"].values()]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{folder} is no whole checkpoint ({error}); take another one.") from error
+        return Checkpoint(folder=folder, state=state, manifest=manifest)
+
+    def wrong(found: Checkpoint) -> str:
+        files = found.manifest["files"]
+        # The largest first, so that every rank has about as much to read.
+        names = sorted(files, key=lambda name: (-files[name]["bytes"], name))
+        for name in names[world.rank :: world.size]:
             file = folder / name
-            if file.stat().st_size != expected["bytes"] or _sha256(file) != expected["sha256"]:
-                raise ModelError(f"{file} is not what was written; take another checkpoint.")
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{folder} is no whole checkpoint ({error}); take another one.") from error
-    return Checkpoint(folder=folder, state=state, manifest=manifest)
+            try:
+                if file.stat().st_size != files[name]["bytes"] or _sha256(file) != files[name]["sha256"]:
+                    return f"{file} is not what was written; take another checkpoint."
+            except OSError as error:
+                return f"{folder} is no whole checkpoint ({error}); take another one."
+        return ""
+
+    found = world.from_main(read)
+    if reason := next(filter(None, world.gather(wrong(found))), ""):
+        raise world.everywhere(ModelError(reason))
+    return found
 
 
 @torch.no_grad()
@@ -230,13 +276,14 @@ def restore(checkpoint: Checkpoint, model: Transformer, optimizer: AdamW, world:
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    with safe_open(checkpoint.folder / MODEL, framework="pt") as weights:
+    with LazyTensors(weight_files(checkpoint.folder)) as weights:
         for name, parameter in model.named_parameters():
-            master = torch.empty_like(parameter, dtype=torch.float32)
-            assign(master, weights.get_tensor(name))
-            optimizer.set_master(parameter, local_part(master))
+            master = torch.empty_like(local_part(parameter), dtype=torch.float32)
+            if master.numel():  # else there are fewer rows than ranks
+                master.copy_(weights[name][_where(parameter)])
+            optimizer.set_master(parameter, master)
         for name, buffer in model.named_buffers():
-            buffer.copy_(weights.get_tensor(name))
+            buffer.copy_(weights[name][:])
     parts = _parts(model, optimizer, world, copy=False)
     reader = HuggingFaceStorageReader(str(checkpoint.folder / OPTIMIZER))
     known = reader.read_metadata().state_dict_metadata
@@ -252,18 +299,40 @@ def restore(checkpoint: Checkpoint, model: Transformer, optimizer: AdamW, world:
             torch.cuda.set_rng_state(part.cpu())
 
 
-def _whole_weights(model: Transformer, optimizer: AdamW, world: World) -> dict[str, Tensor]:
-    """Float32 copies on the CPU of rank 0, one parameter after the other; on other ranks nothing is kept."""
-    whole = {}
+def _sizes(model: Transformer) -> dict[str, int]:
+    """Bytes of each whole tensor as a checkpoint holds it: parameters in float32."""
+    sizes = {name: 4 * parameter.numel() for name, parameter in model.named_parameters()}
+    return sizes | {name: buffer.nbytes for name, buffer in model.named_buffers()}
+
+
+def _whole_weights(model: Transformer, optimizer: AdamW, world: World, sizes: dict[str, int]) -> Weights:
+    """Float32 copies on the CPU of the files that this rank writes; gathered one parameter after the other.
+
+    Files are dealt out at equal distances, so that machines of several ranks have as many each.
+    """
+    layout = split(sizes)
+    ours = {file: layout[file] for n, file in enumerate(layout) if n * world.size // len(layout) == world.rank}
+    file_of = {name: file for file, names in ours.items() for name in names}
+    whole: Weights = {file: {} for file in ours}
     for name, parameter in model.named_parameters():
         value = _like(parameter, optimizer.master(parameter))
         full_tensor = getattr(value, "full_tensor", None)
         value = value if full_tensor is None else full_tensor()
-        if world.main:
-            whole[name] = value.to("cpu", copy=True).contiguous()
-    if world.main:
-        whole |= {name: buffer.to("cpu", copy=True) for name, buffer in model.named_buffers()}
+        if name in file_of:
+            whole[file_of[name]][name] = value.to("cpu", copy=True).contiguous()
+    for name, buffer in model.named_buffers():
+        if name in file_of:
+            whole[file_of[name]][name] = buffer.to("cpu", copy=True)
     return whole
+
+
+def _where(parameter: Tensor) -> tuple[slice, ...]:
+    """Which part of the whole tensor this rank has; of one that is not distributed, all of it."""
+    if not hasattr(parameter, "device_mesh"):
+        return (slice(None),) * parameter.dim()
+    # What torch.distributed.checkpoint asks of a tensor.
+    (chunk,) = parameter.__create_chunk_list__()  # type: ignore[attr-defined]
+    return tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
 
 
 def _parts(model: Transformer, optimizer: AdamW, world: World, *, copy: bool) -> dict[str, Tensor]:

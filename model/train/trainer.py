@@ -155,7 +155,7 @@ def _run(
     model = build(config, model, world)
     optimizer = build_optimizer(model.parameters(), config)
     position, journal = _Position(), Journal(output)
-    found, broken = world.from_main(lambda: find_checkpoint(output / CHECKPOINTS))
+    found, broken = find_checkpoint(output / CHECKPOINTS, world)
     show = TrainingProgress(config.steps, found.step if found else 0, config.log_every, quiet=not world.main)
     with show as progress, _signals(world) as stop, contextlib.ExitStack() as background:
 

@@ -24,7 +24,7 @@ from model.errors import ModelError
 T = TypeVar("T")
 # Rank 0 may read a large table's listing or ask a slow tracking server while the others wait.
 PATIENCE = timedelta(minutes=30)
-# While a checkpoint is written, ranks wait for the slowest disk, and for rank 0 to read it all once for its digests.
+# While a checkpoint is written, ranks wait for the slowest disk.
 PATIENCE_ASIDE = timedelta(hours=12)
 
 
@@ -81,6 +81,9 @@ class World:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.group)
         return values
+
+
+ALONE = World(device=torch.device("cpu"))
 
 
 @contextlib.contextmanager

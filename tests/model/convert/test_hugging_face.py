@@ -14,12 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from model.convert import hugging_face, shards
+from model.convert import hugging_face
 from model.convert.check import check_files, compare_logits
 from model.convert.hugging_face import Exported, from_hugging_face, to_hugging_face
-from model.convert.shards import LazyTensors
 from model.errors import ModelError
 from model.network.transformer import Transformer
+from model.weights import LazyTensors, weight_files
 from pipelines.tokenize.train import train
 from tests.model.convert.small import LAYOUT, network, small
 
@@ -314,4 +314,4 @@ def test_a_checkpoints_file_gives_the_very_files_of_the_network(
     for file in (tmp_path / "a").iterdir():
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
     assert hugging_face.ORIGIN in {f.name for f in (tmp_path / "a").iterdir()}
-    assert shards.shard_files(tmp_path / "a") == [tmp_path / "a" / "model.safetensors"]
+    assert weight_files(tmp_path / "a") == [tmp_path / "a" / "model.safetensors"]

@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import save_file
 
 from model.convert.hugging_face import from_hugging_face, to_hugging_face
-from model.convert.shards import LazyTensors
 from model.convert.tensors import shapes
+from model.weights import LazyTensors
 from tests.model.conftest import byte_tokenizer
 from tests.model.convert.small import network, small
 
