@@ -24,7 +24,7 @@ import pytest
 from pyarrow import fs
 
 from benchmarks.loader_store import BUCKET, Fault, Proxy
-from model.loader.filesystems import open_filesystem
+from model.loader.filesystems import _AZURITE_ACCOUNT, _AZURITE_KEY, open_filesystem
 from tests.model.ranks import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,12 +45,15 @@ def google_server() -> Iterator[int]:
 
 @contextmanager
 def azure_server() -> Iterator[int]:
-    """Azurite without a container; its port on localhost. Skips the test where it is not on the PATH."""
+    """Azurite with an empty container; its port on localhost. Skips the test where it is not on the PATH."""
     if shutil.which(AZURITE) is None:
         pytest.skip(f"{AZURITE} is not there; npm install -g azurite")
     port = int(free_port())
     where = ["--blobHost", "127.0.0.1", "--blobPort", str(port)]
     with _running([AZURITE, *where, "--inMemoryPersistence", "--disableTelemetry", "--silent"], port):
+        options = {"azure_storage_endpoint": f"http://127.0.0.1:{port}", "azure_storage_account_key": _AZURITE_KEY}
+        options["azure_storage_account_name"] = _AZURITE_ACCOUNT
+        open_filesystem(f"abfs://{BUCKET}", options)[0].create_dir(BUCKET)
         yield port
 
 
@@ -95,8 +98,6 @@ def upload(folder: str, scheme: str, name: str) -> str:
     """A lake's files into the bucket of the store that the environment names; its URI there."""
     lake = f"{scheme}://{BUCKET}/{name}"
     filesystem, path = open_filesystem(lake, {})
-    if scheme == "abfs":
-        filesystem.create_dir(BUCKET)
     fs.copy_files(folder, path, destination_filesystem=filesystem)
     return lake
 
