@@ -74,8 +74,13 @@ def unchanged(job: str, totals: Mapping[str, int]) -> None:
 
 
 def _counted(counts: Mapping[str, int]) -> str:
-    shown = (f"{name.removeprefix('table_').replace('_', ' ')} {n:,}" for name, n in counts.items() if "." not in name)
-    return ", ".join(shown)
+    """What a run did, and of the same things (``table_``) how many the table holds."""
+
+    def called(name: str) -> str:
+        thing = name.removeprefix("table_")
+        return thing.replace("_", " ") + (" in all" if thing != name and thing in counts else "")
+
+    return ", ".join(f"{called(name)} {n:,}" for name, n in counts.items() if "." not in name)
 
 
 def note(text: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import balance, dropless, tokens
+from benchmarks import balance, checkpoint, dropless, tokens
 from benchmarks.capacity import CapacityMoE, capacity_moe, capacity_of
 from benchmarks.small_training import smoothed
 from kernels.moe import dropless_moe
@@ -126,3 +126,16 @@ def test_without_tokens_or_device_a_sentence_says_what_to_do(token_file: Path, t
         balance.main(["--device=cpu", f"--tokens={token_file}"])
     with pytest.raises(SystemExit, match="no contestant wide; take of dropless"):
         dropless.main(["--device=cpu", "--tiny", "--only=wide", f"--tokens={token_file}"])
+
+
+@pytest.mark.slow
+def test_both_sides_of_the_checkpoint_benchmark_read_what_they_wrote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    flags = ["--device", "cpu", "--gpus", "2", "--quick", "--rounds", "1", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["checkpoint.py", *flags])
+    assert checkpoint.main() == 0
+    rounds = json.loads((tmp_path / "checkpoint.json").read_text())["rounds"]
+    assert [found["side"] for found in rounds] == ["ours", "theirs"]
+    assert all(found["whole"] >= found["held"] > 0 for found in rounds)
