@@ -41,9 +41,10 @@ from model.config import load_preset
 from model.network.distributed import local_part
 from model.network.transformer import Transformer
 from model.train import parallel
-from model.train.checkpoint import MOMENTS, CheckpointWriter, _like, find_checkpoint, restore
+from model.train.checkpoint import CheckpointWriter, find_checkpoint
 from model.train.config import TrainConfig
 from model.train.optimizer import AdamW, build_optimizer
+from model.train.share import _like, _moments
 from model.train.world import World, join_world
 
 
@@ -70,7 +71,7 @@ class Sides:
         found, broken = find_checkpoint(self.root / "ours", self.world)
         verify = time.perf_counter() - begin
         assert found is not None, broken
-        restore(found, self.model, self.optimizer, self.world)
+        found.restore(self.model, self.optimizer, self.world)
         read = time.perf_counter() - begin - verify
         assert self._weights() == expected
         return {"held": held, "whole": whole, "verify": verify, "read": read, "grown": grown}
@@ -104,9 +105,8 @@ class Sides:
     def _state(self) -> dict[str, Tensor]:
         state: dict[str, Tensor] = {}
         for name, parameter in self.model.named_parameters():
-            kept = self.optimizer.state[parameter]
-            parts = {"master": self.optimizer.master(parameter), **{key: kept[key] for key in MOMENTS}}
-            state |= {f"{key}/{name}": _like(parameter, value) for key, value in parts.items()}
+            state[name] = _like(parameter, self.optimizer.master(parameter))
+            state |= _moments(name, parameter, self.optimizer)
         return state
 
 
@@ -147,6 +147,8 @@ def one(flags: argparse.Namespace) -> list[dict[str, Any]]:
                 slowest["grown_main"] = every[0]["grown"]
                 slowest["grown"] = max((rank["grown"] for rank in every[1:]), default=0)
                 rounds.append({"side": side, **slowest})
+                if world.main:
+                    print(rounds[-1], file=sys.stderr, flush=True)
     return rounds
 
 

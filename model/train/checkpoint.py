@@ -1,10 +1,8 @@
 """Checkpoints that are there whole or not at all, written in the background.
 
-A folder ``step-000123`` holds model.safetensors (the whole float32 weights, whoever held which part; several files
-where they are large, weights.py), optimizer/ (moments and random states, each rank's part in a safetensors file, by
-torch.distributed.checkpoint), training_state.json (position, counters), config.yaml (the model's) and manifest.json
-(every file's size and sha256, the data, the training's settings). It is written under another name, flushed to disk and
-renamed; nothing is pickled. Any world reads what any other has written.
+A folder ``step-000123`` holds model.safetensors and optimizer/ (share.py), training_state.json (position, counters),
+config.yaml (the model's) and manifest.json (every file's size and sha256, the data, the training's settings). It is
+written under another name, flushed to disk and renamed; nothing is pickled. Any world reads what any other has written.
 
 Every rank writes, digests and later verifies its share of the files, so that nothing grows with the model alone: of
 DBRX's 526 GB of weights no rank of 512 holds more than a file of 5 GB.
@@ -18,32 +16,25 @@ import json
 import os
 import shutil
 import threading
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-from safetensors.torch import save_file
-from torch import Tensor
 from torch import distributed as dist
 
 from model.config import ModelConfig, dump_config
 from model.errors import ModelError
 from model.files import TEMPORARY, flush, write_json
-from model.network.distributed import local_part
 from model.network.transformer import Transformer
 from model.train.optimizer import AdamW
+from model.train.share import OPTIMIZER, HostCopies, Share, copy_share, restore
 from model.train.world import ALONE, World
-from model.weights import INDEX, LazyTensors, split, weight_files, write_index
 
-OPTIMIZER, STATE = "optimizer", "training_state.json"
-CONFIG, MANIFEST = "config.yaml", "manifest.json"
+CONFIG, STATE, MANIFEST = "config.yaml", "training_state.json", "manifest.json"
 PREFIX = "step-"
-MOMENTS = ("exp_avg", "exp_avg_sq")
+FORMAT = 2  # of the folder
 T = TypeVar("T")
-Weights = dict[str, dict[str, Tensor]]  # whole tensors by name, by file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +50,15 @@ class Checkpoint:
         """Optimizer steps done."""
         return int(self.manifest["step"])
 
+    def restore(self, model: Transformer, optimizer: AdamW, world: World) -> None:
+        """Weights, moments and random state as they were; every rank calls it. Errors: ModelError."""
+        if self.manifest.get("format") != FORMAT:
+            raise ModelError(
+                f"{self.folder} was written by an earlier lakemoe, whose trainings cannot be gone on with; "
+                "train under another name."
+            )
+        restore(self.folder, model, optimizer, world)
+
 
 class CheckpointWriter:
     """Writes checkpoints under ``root``, one at a time, while the training goes on; keeps the newest ``keep``.
@@ -69,7 +69,7 @@ class CheckpointWriter:
 
     def __init__(self, root: Path, world: World, keep: int, *, saved: Callable[[int], None] | None = None) -> None:
         self.root, self.world, self.keep, self._saved = root, world, keep, saved
-        self._group = world.background
+        self._group, self._host = world.background, HostCopies()
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
         self._folder: Path | None = None
@@ -88,13 +88,11 @@ class CheckpointWriter:
         Errors: ModelError (75) where that one could not be written.
         """
         self.wait()
-        sizes = _sizes(model)
-        weights = _whole_weights(model, optimizer, self.world, sizes)
-        parts = _parts(model, optimizer, self.world, copy=True)
+        share = copy_share(model, optimizer, self.world, self._host)
 
         def write() -> None:
             try:
-                self._folder = self._write(step, sizes, weights, parts, model.config, state, manifest)
+                self._folder = self._write(step, share, model.config, state, manifest)
                 if self._saved is not None:
                     self._saved(step)
             except Exception as error:
@@ -121,9 +119,7 @@ class CheckpointWriter:
     def _write(
         self,
         step: int,
-        sizes: dict[str, int],
-        weights: Weights,
-        parts: dict[str, Tensor],
+        share: Share,
         config: ModelConfig,
         state: dict[str, Any],
         manifest: dict[str, Any],
@@ -131,19 +127,16 @@ class CheckpointWriter:
         final = self.root / f"{PREFIX}{step:06d}"
         temporary = self.root / f"{TEMPORARY}{final.name}"
         self._together(final, lambda: _prepare(temporary) if self.world.main else None)
-        self._together(final, lambda: self._write_part(temporary, parts))
 
         def write() -> dict[str, Any]:
-            """This rank's files of the rest; the sizes and digests of all that are its own."""
-            for file, tensors in weights.items():
-                save_file(tensors, temporary / file)
-            ours = [temporary / file for file in weights]
-            ours += (temporary / OPTIMIZER).glob(f"shard-{self.world.rank + 1:05d}-*")
+            """This rank's files; their sizes and digests."""
+            if not temporary.is_dir():  # rank 0 has made it
+                raise OSError("not every process sees it: it must be a shared folder")
+            ours = share.write(temporary, self.world)
             if self.world.main:
                 (temporary / CONFIG).write_text(dump_config(config), encoding="utf-8")
                 (temporary / STATE).write_text(json.dumps(state, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-                write_index(temporary, split(sizes), sum(sizes.values()))
-                ours += [temporary / CONFIG, temporary / STATE, *temporary.glob(INDEX)]
+                ours += [temporary / CONFIG, temporary / STATE]
             for path in ours:
                 flush(path)
             return {
@@ -161,7 +154,7 @@ class CheckpointWriter:
             if there != files.keys() or not all(written):
                 raise OSError("not every process's files are there: it must be a shared folder")
             flush(temporary / OPTIMIZER)
-            write_json(temporary / MANIFEST, {**manifest, "format": 2, "step": step, "files": files})
+            write_json(temporary / MANIFEST, {**manifest, "format": FORMAT, "step": step, "files": files})
             if final.exists():  # one that could not be read when this run resumed from an older one
                 shutil.rmtree(final)
             os.replace(temporary, final)
@@ -174,15 +167,6 @@ class CheckpointWriter:
         self._together(final, finish)
         return final
 
-    def _write_part(self, temporary: Path, parts: dict[str, Tensor]) -> None:
-        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-        from torch.distributed.checkpoint.state_dict_saver import save
-
-        writer = HuggingFaceStorageWriter(str(temporary / OPTIMIZER), save_distributed=True)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a world of one
-            save(dict(parts), storage_writer=writer, process_group=self._group, no_dist=self._group is None)
-
     def _together(self, final: Path, part: Callable[[], T]) -> list[T]:
         """One step of the writing on every rank, and what each returned; where one fails, all do, and what was written
         goes."""
@@ -190,7 +174,7 @@ class CheckpointWriter:
         try:
             result = part()
         except Exception as error:
-            # OSError, SafetensorError, and what torch.distributed.checkpoint wraps them in
+            # OSError or SafetensorError
             why = str(error) or type(error).__name__
         said: list[Any] = [(why, result)]
         if self._group is not None:
@@ -208,7 +192,7 @@ class CheckpointWriter:
 
 def _prepare(temporary: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    (temporary / OPTIMIZER).mkdir(parents=True)
 
 
 def find_checkpoint(root: Path, world: World = ALONE) -> tuple[Checkpoint | None, list[str]]:
@@ -260,108 +244,6 @@ def read_checkpoint(folder: Path, world: World = ALONE) -> Checkpoint:
     if reason := next(filter(None, world.gather(wrong(found))), ""):
         raise world.everywhere(ModelError(reason))
     return found
-
-
-@torch.no_grad()
-def restore(checkpoint: Checkpoint, model: Transformer, optimizer: AdamW, world: World) -> None:
-    """Weights, moments and random state as they were. Errors: ModelError where the files do not fit the model.
-
-    The optimizer's count of updates is in the state that the caller kept.
-    """
-    if checkpoint.manifest.get("format") != 2:
-        raise ModelError(
-            f"{checkpoint.folder} was written by an earlier lakemoe, whose trainings cannot be gone on with; "
-            "train under another name."
-        )
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-    from torch.distributed.checkpoint.state_dict_loader import load
-
-    with LazyTensors(weight_files(checkpoint.folder)) as weights:
-        for name, parameter in model.named_parameters():
-            master = torch.empty_like(local_part(parameter), dtype=torch.float32)
-            if master.numel():  # else there are fewer rows than ranks
-                master.copy_(weights[name][_where(parameter)])
-            optimizer.set_master(parameter, master)
-        for name, buffer in model.named_buffers():
-            buffer.copy_(weights[name][:])
-    parts = _parts(model, optimizer, world, copy=False)
-    reader = HuggingFaceStorageReader(str(checkpoint.folder / OPTIMIZER))
-    known = reader.read_metadata().state_dict_metadata
-    # A world of more ranks begins the random states that no rank had.
-    kept = {name: part for name, part in parts.items() if not name.startswith("random/") or name in known}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a world of one
-        load(kept, storage_reader=reader, process_group=world.group, no_dist=world.group is None)
-    for name, part in kept.items():
-        if name.startswith("random/cpu"):
-            torch.set_rng_state(part.cpu())
-        elif name.startswith("random/cuda"):
-            torch.cuda.set_rng_state(part.cpu())
-
-
-def _sizes(model: Transformer) -> dict[str, int]:
-    """Bytes of each whole tensor as a checkpoint holds it: parameters in float32."""
-    sizes = {name: 4 * parameter.numel() for name, parameter in model.named_parameters()}
-    return sizes | {name: buffer.nbytes for name, buffer in model.named_buffers()}
-
-
-def _whole_weights(model: Transformer, optimizer: AdamW, world: World, sizes: dict[str, int]) -> Weights:
-    """Float32 copies on the CPU of the files that this rank writes; gathered one parameter after the other.
-
-    Files are dealt out at equal distances, so that machines of several ranks have as many each.
-    """
-    layout = split(sizes)
-    ours = {file: layout[file] for n, file in enumerate(layout) if n * world.size // len(layout) == world.rank}
-    file_of = {name: file for file, names in ours.items() for name in names}
-    whole: Weights = {file: {} for file in ours}
-    for name, parameter in model.named_parameters():
-        value = _like(parameter, optimizer.master(parameter))
-        full_tensor = getattr(value, "full_tensor", None)
-        value = value if full_tensor is None else full_tensor()
-        if name in file_of:
-            whole[file_of[name]][name] = value.to("cpu", copy=True).contiguous()
-    for name, buffer in model.named_buffers():
-        if name in file_of:
-            whole[file_of[name]][name] = buffer.to("cpu", copy=True)
-    return whole
-
-
-def _where(parameter: Tensor) -> tuple[slice, ...]:
-    """Which part of the whole tensor this rank has; of one that is not distributed, all of it."""
-    if not hasattr(parameter, "device_mesh"):
-        return (slice(None),) * parameter.dim()
-    # What torch.distributed.checkpoint asks of a tensor.
-    (chunk,) = parameter.__create_chunk_list__()  # type: ignore[attr-defined]
-    return tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
-
-
-def _parts(model: Transformer, optimizer: AdamW, world: World, *, copy: bool) -> dict[str, Tensor]:
-    """This rank's part of moments and random states, as tensors that say which part it is; a copy is on the CPU."""
-    parts: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        for key in MOMENTS:
-            moment = optimizer.state[parameter][key]
-            parts[f"{key}/{name}"] = _like(parameter, moment.to("cpu", copy=True) if copy else moment)
-    parts[f"random/cpu/{world.rank}"] = torch.get_rng_state()
-    if world.device.type == "cuda":
-        parts[f"random/cuda/{world.rank}"] = torch.cuda.get_rng_state()
-    return parts
-
-
-def _like(parameter: Tensor, local: Tensor) -> Tensor:
-    """A local tensor as the part of a distributed one that the parameter's own local part is."""
-    if not hasattr(parameter, "device_mesh"):
-        return local
-    from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.tensor import DTensor
-
-    assert isinstance(parameter, DTensor)
-    mesh = parameter.device_mesh
-    if mesh.device_type != local.device.type:
-        mesh = DeviceMesh(local.device.type, mesh.mesh, mesh_dim_names=mesh.mesh_dim_names, _init_backend=False)
-    return DTensor.from_local(
-        local, mesh, parameter.placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
-    )
 
 
 def _folders(root: Path) -> list[Path]:

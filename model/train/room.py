@@ -1,7 +1,7 @@
 """Whether a training fits the memory that there is, said before it is made; and what to do where a GPU runs out of it.
 
-Before, only what is certain counts: weights, gradients and AdamW's moments. What a forward pass needs beside them
-``lakemoe train --dry-run`` estimates.
+Before, only what is certain counts: weights, gradients and AdamW's moments, and in main memory a checkpoint's copies.
+What a forward pass needs beside them ``lakemoe train --dry-run`` estimates.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from model.train.memory import TrainShape, held, moments
 from model.train.world import World
 
 CPU_BYTES = 16  # a parameter: weight, gradient and two moments in float32
+COPIES = "copies of weights and moments for checkpoints"
 
 
 @contextlib.contextmanager
@@ -30,14 +31,12 @@ def within_memory(config: TrainConfig, model: ModelConfig, world: World) -> Iter
 
     Every rank enters it. Errors: ModelError, 2 where there is not enough, 75 where others have too much of it.
     """
-    need = _needed(config, model, world)
-    free, total = (min(values) for values in zip(*world.gather(memory(world.device)), strict=True))
-    if need > free:
-        where = "on this machine" if world.device.type == "cpu" else "on each GPU" if world.size > 1 else "on the GPU"
-        what = (
-            f"{config.preset} has {model.parameters:,} parameters, whose weights, gradients and moments need "
-            f"{need / GIB:,.1f} GiB {where}"
-        )
+    for things, need, device in _needed(config, model, world):
+        free, total = (min(values) for values in zip(*world.gather(memory(device)), strict=True))
+        if need <= free:
+            continue
+        where = "on this machine" if device.type == "cpu" else "on each GPU" if world.size > 1 else "on the GPU"
+        what = f"{config.preset} has {model.parameters:,} parameters, whose {things} need {need / GIB:,.1f} GiB {where}"
         if need <= total:
             why = f"{what}, where {free / GIB:,.1f} of {total / GIB:,.1f} are free; end what has the others, run again."
             raise world.everywhere(ModelError(why, 75))
@@ -56,12 +55,18 @@ def within_memory(config: TrainConfig, model: ModelConfig, world: World) -> Iter
         ) from error
 
 
-def _needed(config: TrainConfig, model: ModelConfig, world: World) -> int:
-    """Bytes on each GPU, or of the processes of this machine together."""
+def _needed(config: TrainConfig, model: ModelConfig, world: World) -> list[tuple[str, int, torch.device]]:
+    """What for, bytes and where: on each GPU, or of the processes of this machine together in main memory."""
     shape = TrainShape(gpus=world.size, expert_parallel=config.expert_parallel, moments=config.moments)
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cpu, all_held = torch.device("cpu"), held(model, shape).all(model.layers)
+    # Float32 weights are divided over the ranks; moments are copied where they are.
+    kept = 2 * (2 if config.moments == "bfloat16" and world.device.type == "cuda" else 4)
+    copies = processes * (4 * model.parameters // world.size + kept * all_held)
     if world.device.type == "cuda":
-        return moments(model, shape, MACHINES["h200"])["optimizer"].allocated
-    return CPU_BYTES * int(os.environ.get("LOCAL_WORLD_SIZE", "1")) * held(model, shape).all(model.layers)
+        on_gpu = moments(model, shape, MACHINES["h200"])["optimizer"].allocated
+        return [("weights, gradients and moments", on_gpu, world.device), (COPIES, copies, cpu)]
+    return [(f"weights, gradients, moments, and {COPIES},", CPU_BYTES * processes * all_held + copies, cpu)]
 
 
 def memory(device: torch.device, group: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:

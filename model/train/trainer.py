@@ -30,7 +30,7 @@ from model.files import write_json
 from model.loader.loader import Batch, SequenceLoader
 from model.loader.snapshot import Snapshot
 from model.network.transformer import Transformer
-from model.train.checkpoint import CheckpointWriter, find_checkpoint, restore
+from model.train.checkpoint import CheckpointWriter, find_checkpoint
 from model.train.config import TrainConfig, TrainSummary
 from model.train.journal import Journal, only_one, write_run
 from model.train.metrics import Speed, not_finite, read
@@ -174,7 +174,7 @@ def _run(
             say=say,
         )
         if found:
-            restore(found, model, optimizer, world)
+            found.restore(model, optimizer, world)
             loader.load_state_dict(found.state["loader"])
             position = _Position.of(found.state["position"])
             optimizer.steps = position.updates

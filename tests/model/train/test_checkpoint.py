@@ -20,7 +20,7 @@ from model.network.transformer import Transformer
 from model.registry.load import load, open_weights
 from model.registry.register import register
 from model.registry.store import tracking_uri
-from model.train import checkpoint
+from model.train import share
 from model.train.checkpoint import find_checkpoint, read_checkpoint
 from model.weights import WEIGHTS, weight_files, weights_sha256
 from tests.model.conftest import SMALLEST
@@ -39,7 +39,7 @@ def test_a_model_in_several_files_goes_all_the_way(
 ) -> None:
     whole, parts = settings("whole"), settings("parts")
     expected, _ = open_weights(Path(train(whole).checkpoint))
-    monkeypatch.setattr(checkpoint, "split", partial(checkpoint.split, limit=LIMIT))
+    monkeypatch.setattr(share, "split", partial(share.split, limit=LIMIT))
     with pytest.MonkeyPatch.context() as patch:
         stop_after(patch, 7)
         with pytest.raises(KeyboardInterrupt):
@@ -79,12 +79,12 @@ import torch
 from model.config import ModelConfig
 from model.errors import ModelError
 from model.network.transformer import Transformer
-from model.train import checkpoint, parallel
+from model.train import checkpoint, parallel, share
 from model.train.config import TrainConfig
 from model.train.optimizer import build_optimizer
 from model.train.world import join_world
 
-checkpoint.split = partial(checkpoint.split, limit=int(sys.argv[3]))
+share.split = partial(share.split, limit=int(sys.argv[3]))
 read = []
 digest = checkpoint._sha256
 checkpoint._sha256 = lambda path: read.append(path.stat().st_size) or digest(path)
@@ -104,7 +104,7 @@ with join_world("cpu") as world:
             writer.wait()
         else:
             found, told["broken"] = checkpoint.find_checkpoint(root, world)
-            checkpoint.restore(found, model, optimizer, world)
+            found.restore(model, optimizer, world)
             told["step"] = found.step
     except ModelError as error:
         told["error"], told["code"] = str(error), error.exit_code

@@ -17,7 +17,7 @@ import torch
 from mlflow import MlflowClient
 
 from model.errors import ModelError
-from model.train import trainer
+from model.train import share, trainer
 from model.train.checkpoint import find_checkpoint
 from tests.model.train.cases import Case, curve, mlflow_curve, runs, stop_after, train, weights
 
@@ -127,16 +127,14 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_says_75(
 ) -> None:
     config, calm = settings(), settings("calm")
     train(calm)
-    from model.train import checkpoint
+    real = share.save_file
 
-    real = checkpoint.save_file
-
-    def full(tensors: Any, path: Path) -> None:
-        real(tensors, path)
+    def full(tensors: Any, path: Path, metadata: Any = None) -> None:
+        real(tensors, path, metadata)
         if "step-000006" in str(path):
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(share, "save_file", full)
     with pytest.raises(ModelError, match="No space left") as refused:
         train(config)
     assert refused.value.exit_code == 75
@@ -200,14 +198,14 @@ def test_sigkill_during_a_save_leaves_the_checkpoint_before(settings: Callable[.
     hold = """
 import time
 from pathlib import Path
-from model.train import checkpoint
-real = checkpoint.save_file
-def save(tensors, path):
-    real(tensors, path)
+from model.train import share
+real = share.save_file
+def save(tensors, path, metadata=None):
+    real(tensors, path, metadata)
     if "step-000006" in str(path):
         Path("SAVING").touch()
         time.sleep(600)
-checkpoint.save_file = save
+share.save_file = save
 """.replace("SAVING", str(killed.output_path / "saving"))
     process = _start(killed, before=hold)
     until = time.monotonic() + 120

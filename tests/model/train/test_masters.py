@@ -20,14 +20,14 @@ import torch
 from model.config import ModelConfig
 from model.network.distributed import assign
 from model.network.transformer import Transformer
-from model.train import checkpoint, parallel
-from model.train.checkpoint import CheckpointWriter, find_checkpoint, restore
+from model.train import parallel, share
+from model.train.checkpoint import CheckpointWriter, find_checkpoint
 from model.train.config import TrainConfig
 from model.train.optimizer import build_optimizer
 from model.train.world import join_world
 
 # So that every rank writes files of its own.
-checkpoint.split = partial(checkpoint.split, limit=4000)
+share.split = partial(share.split, limit=4000)
 root, degree, loads = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "load"
 settings = TrainConfig(expert_parallel=degree, learning_rate=0.1)
 with join_world("cpu") as world:
@@ -48,7 +48,7 @@ with join_world("cpu") as world:
         return float(norm)
 
     if loads:
-        restore(find_checkpoint(root, world)[0], model, optimizer, world)
+        find_checkpoint(root, world)[0].restore(model, optimizer, world)
         optimizer.steps = 2
     else:
         print("norms", update(1), update(2))
@@ -58,7 +58,7 @@ with join_world("cpu") as world:
     update(3)
     mix = lambda count: torch.arange(count).double().sin()  # so that exchanged weights are seen
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    files = checkpoint._whole_weights(model, optimizer, world, checkpoint._sizes(model))
+    files = share.copy_share(model, optimizer, world, share.HostCopies()).weights
     assert files, "a rank writes nothing"
     for name, master in (item for tensors in files.values() for item in tensors.items()):
         mixed, lost = master.flatten().double() @ mix(master.numel()), master - master.bfloat16()

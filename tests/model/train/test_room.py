@@ -10,8 +10,11 @@ import psutil
 import pytest
 import torch
 
+from model.config import load_preset
 from model.errors import ModelError
 from model.train import room, trainer
+from model.train.config import TrainConfig
+from model.train.world import World
 from tests.model.train.cases import Case, train
 
 
@@ -44,6 +47,22 @@ def test_memory_that_others_have_is_worth_another_try(
     with pytest.raises(ModelError, match=r"0\.0 of 1,024\.0 are free") as refused:
         train(settings("a", steps=3))
     assert refused.value.exit_code == 75
+
+
+def test_a_gpu_s_machine_must_hold_the_copies_for_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As on a GPU of 80 GiB: what the machine has decides. 6.9 billion parameters, 4 bytes each and two moments.
+    monkeypatch.setattr(room, "memory", lambda device: (80 * 2**30, 200 * 2**30))
+    model, four = load_preset("olmoe"), World(device=torch.device("cuda"), size=4)
+    for moments, room_for in (("float32", 77.3), ("bfloat16", 51.6)):
+        needed = room._needed(TrainConfig(preset="olmoe", moments=moments), model, four)
+        assert [device.type for _, _, device in needed] == ["cuda", "cpu"]
+        # One process a machine: a quarter of it.
+        assert needed[1][1] / 2**30 == pytest.approx(room_for / 4, rel=0.01)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(room, "memory", lambda device: (80 * 2**30, 80 * 2**30) if device.type == "cuda" else (1, 1))
+    words = r"copies of weights and moments for checkpoints need 77\.\d GiB on this machine"
+    with pytest.raises(ModelError, match=words), room.within_memory(TrainConfig(preset="olmoe"), model, four):
+        raise AssertionError
 
 
 def test_a_container_s_limit_counts_and_its_files_do_not(tmp_path: Path) -> None:
