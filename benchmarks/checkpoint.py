@@ -153,12 +153,14 @@ def one(flags: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def show(side: str, found: list[dict[str, Any]]) -> None:
-    spread = {key: gpu.Spread.of([f[key] for f in found]) for key in found[0] if key != "side"}
-    line = f"{side:8} holds up {spread['held'].show('{:.1f}')} s, whole after {spread['whole'].show('{:.1f}')} s"
-    if "verify" in spread:
-        line += f", verified in {spread['verify'].show('{:.1f}')} s"
-    line += f", read in {spread['read'].show('{:.1f}')} s, "
-    print(line + f"rank 0 +{spread['grown_main'].median / 2**30:.1f} GiB, others +{spread['grown'].median / 2**30:.1f}")
+    """One line. The first save also takes the memory that later ones use again."""
+    later = {key: gpu.Spread.of([f[key] for f in found[1:] or found]) for key in found[0] if key != "side"}
+    line = f"{side:8} holds up {found[0]['held']:.1f} s at first, then {later['held'].show('{:.1f}')} s, "
+    line += f"whole after {later['whole'].show('{:.1f}')} s, "
+    line += f"verified in {later['verify'].show('{:.1f}')} s, " if "verify" in later else ""
+    line += f"read in {later['read'].show('{:.1f}')} s, "
+    first = {key: found[0][key] / 2**30 for key in ("grown_main", "grown")}
+    print(f"{line}rank 0 +{first['grown_main']:.1f} GiB, others +{first['grown']:.1f}")
 
 
 def main() -> int:
