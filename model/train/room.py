@@ -18,7 +18,7 @@ from model.config import ModelConfig
 from model.errors import ModelError
 from model.train.config import TrainConfig
 from model.train.machine import GIB, MACHINES
-from model.train.memory import TrainShape, held, moments
+from model.train.memory import TrainShape, checkpoint_copies, held, moments
 from model.train.world import World
 
 CPU_BYTES = 16  # a parameter: weight, gradient and two moments in float32
@@ -57,16 +57,18 @@ def within_memory(config: TrainConfig, model: ModelConfig, world: World) -> Iter
 
 def _needed(config: TrainConfig, model: ModelConfig, world: World) -> list[tuple[str, int, torch.device]]:
     """What for, bytes and where: on each GPU, or of the processes of this machine together in main memory."""
-    shape = TrainShape(gpus=world.size, expert_parallel=config.expert_parallel, moments=config.moments)
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    cpu, all_held = torch.device("cpu"), held(model, shape).all(model.layers)
-    # Float32 weights are divided over the ranks; moments are copied where they are.
-    kept = 2 * (2 if config.moments == "bfloat16" and world.device.type == "cuda" else 4)
-    copies = processes * (4 * model.parameters // world.size + kept * all_held)
-    if world.device.type == "cuda":
+    on_gpus, processes = world.device.type == "cuda", int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    shape = TrainShape(
+        gpus=world.size,
+        expert_parallel=config.expert_parallel,
+        moments=config.moments if on_gpus else "float32",
+    )
+    copies, cpu = processes * checkpoint_copies(model, shape), torch.device("cpu")
+    if on_gpus:
         on_gpu = moments(model, shape, MACHINES["h200"])["optimizer"].allocated
         return [("weights, gradients and moments", on_gpu, world.device), (COPIES, copies, cpu)]
-    return [(f"weights, gradients, moments, and {COPIES},", CPU_BYTES * processes * all_held + copies, cpu)]
+    trained = CPU_BYTES * processes * held(model, shape).all(model.layers)
+    return [(f"weights, gradients, moments, and {COPIES},", trained + copies, cpu)]
 
 
 def memory(device: torch.device, group: Path = Path("/sys/fs/cgroup")) -> tuple[int, int]:

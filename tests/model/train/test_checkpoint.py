@@ -12,6 +12,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
+from model.config import ModelConfig
 from model.convert.checkpoint import export_folder
 from model.convert.hugging_face import from_hugging_face
 from model.errors import ModelError
@@ -20,8 +21,12 @@ from model.network.transformer import Transformer
 from model.registry.load import load, open_weights
 from model.registry.register import register
 from model.registry.store import tracking_uri
-from model.train import share
+from model.train import parallel, share
 from model.train.checkpoint import find_checkpoint, read_checkpoint
+from model.train.config import TrainConfig
+from model.train.memory import TrainShape, checkpoint_copies
+from model.train.optimizer import build_optimizer
+from model.train.world import ALONE
 from model.weights import WEIGHTS, weight_files, weights_sha256
 from tests.model.conftest import SMALLEST
 from tests.model.ranks import run_ranks
@@ -68,6 +73,28 @@ def test_a_model_in_several_files_goes_all_the_way(
     assert files[1].name in broken[0]
     with pytest.raises(ModelError, match="holds no whole model"):
         open_weights(folder)
+
+
+def test_copies_take_what_is_estimated_and_their_memory_again() -> None:
+    config, settings = ModelConfig(**{**SMALLEST, "vocab_size": 64}), TrainConfig()
+    with torch.device("meta"):
+        model = Transformer(config)
+    model = parallel.build(settings, model, ALONE)
+    optimizer, host = build_optimizer(model.parameters(), settings), share.HostCopies()
+
+    def copies() -> dict[str, torch.Tensor]:
+        made = share.copy_share(model, optimizer, ALONE, host)
+        named = {**{name: t for tensors in made.weights.values() for name, t in tensors.items()}, **made.parts}
+        return {name: tensor for name, tensor in named.items() if not name.startswith("random/")}
+
+    first = copies()
+    shape = TrainShape(gpus=1, moments="float32")
+    assert sum(tensor.nbytes for tensor in first.values()) == checkpoint_copies(config, shape)
+    with torch.no_grad():
+        model.embedding.weight.add_(1)
+    second = copies()
+    assert torch.equal(second["embedding.weight"], model.embedding.weight)
+    assert {name: t.data_ptr() for name, t in first.items()} == {name: t.data_ptr() for name, t in second.items()}
 
 
 # Saves twice, or says what it finds. Each rank says the bytes that it wrote of the weights.
