@@ -87,8 +87,8 @@ class Proxy:
             protocol_version = "HTTP/1.1"
 
             def handle_expect_100(self) -> bool:
-                # Azure's client waits for a 100 also where it sends nothing. A server leaves it out there (RFC 9110,
-                # section 10.1.1); where one reaches the client in one piece with the answer, it takes the answer's
+                # Azure's client waits for a 100 also where it sends nothing. A server may leave it out there (RFC 9110,
+                # section 10.1.1). Where one reaches the client in one piece with the answer, it takes the answer's
                 # headers for its body, and ends the process where that should be XML.
                 return self.headers.get("Content-Length", "0") == "0" or super().handle_expect_100()
 

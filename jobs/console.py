@@ -75,10 +75,11 @@ def unchanged(job: str, totals: Mapping[str, int]) -> None:
 
 def _counted(counts: Mapping[str, int]) -> str:
     """What a run did, and of the same things (``table_``) how many the table holds."""
+    did = any(not name.startswith("table_") for name in counts)
 
     def called(name: str) -> str:
         thing = name.removeprefix("table_")
-        return thing.replace("_", " ") + (" in all" if thing != name and thing in counts else "")
+        return thing.replace("_", " ") + (" in all" if thing != name and did else "")
 
     return ", ".join(f"{called(name)} {n:,}" for name, n in counts.items() if "." not in name)
 

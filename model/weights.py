@@ -40,12 +40,14 @@ def split(sizes: Mapping[str, int], limit: int = SHARD_BYTES) -> dict[str, list[
     return {f"model-{n:05d}-of-{len(shards):05d}.safetensors": shard for n, shard in enumerate(shards, 1)}
 
 
-def write_index(folder: Path, files: Mapping[str, Sequence[str]], total: int) -> None:
-    """The index of several files, which hold ``total`` bytes of tensors; one file has none."""
-    if len(files) > 1:
-        where = {name: file for file, names in files.items() for name in names}
-        index = {"metadata": {"total_size": total}, "weight_map": where}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+def write_index(folder: Path, files: Mapping[str, Sequence[str]], total: int) -> bool:
+    """Whether there is an index: of several files, which hold ``total`` bytes of tensors; one file has none."""
+    if len(files) == 1:
+        return False
+    where = {name: file for file, names in files.items() for name in names}
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return True
 
 
 def weight_files(folder: Path) -> list[Path]:

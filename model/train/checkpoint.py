@@ -4,8 +4,8 @@ A folder ``step-000123`` holds model.safetensors and optimizer/ (share.py), trai
 config.yaml (the model's) and manifest.json (every file's size and sha256, the data, the training's settings). It is
 written under another name, flushed to disk and renamed; nothing is pickled. Any world reads what any other has written.
 
-Every rank writes, digests and later verifies its share of the files, so that nothing grows with the model alone: of
-DBRX's 526 GB of weights no rank of 512 holds more than a file of 5 GB.
+Every rank writes, digests and later verifies its share of the files: of DBRX's 526 GB of weights no rank of 512 keeps
+more than a file of 5 GB. Weights up to that are one file, rank 0's.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from model.train.world import ALONE, World
 
 CONFIG, STATE, MANIFEST = "config.yaml", "training_state.json", "manifest.json"
 PREFIX = "step-"
-FORMAT = 2  # of the folder
+FORMAT, READABLE = 3, (2, 3)  # of the folder; 2 has its weights in one file
 THREADS = 4  # that digest, of each process
 T = TypeVar("T")
 
@@ -54,10 +54,12 @@ class Checkpoint:
 
     def restore(self, model: Transformer, optimizer: AdamW, world: World) -> None:
         """Weights, moments and random state as they were; every rank calls it. Errors: ModelError."""
-        if self.manifest.get("format") != FORMAT:
-            raise ModelError(
-                f"{self.folder} was written by an earlier lakemoe, whose trainings cannot be gone on with; "
-                "train under another name."
+        if (found := self.manifest.get("format")) not in READABLE:
+            raise world.everywhere(
+                ModelError(
+                    f"{self.folder} is of format {found}, and this lakemoe goes on with "
+                    f"{' and '.join(map(str, READABLE))}; take the lakemoe that wrote it, or train under another name."
+                )
             )
         restore(self.folder, model, optimizer, world)
 
@@ -73,7 +75,7 @@ class CheckpointWriter:
         self.root, self.world, self.keep, self._saved = root, world, keep, saved
         self._group, self._host = world.background, HostCopies()
         self._thread: threading.Thread | None = None
-        self._failure: Exception | None = None
+        self._failure: BaseException | None = None
         self._folder: Path | None = None
 
     def save(
@@ -97,9 +99,10 @@ class CheckpointWriter:
                 self._folder = self._write(step, share, model.config, state, manifest)
                 if self._saved is not None:
                     self._saved(step)
-            except Exception as error:
+            except BaseException as error:  # also Rust's panics: what no one sees would be taken for a whole one
                 self._failure = error
 
+        self._folder = None
         self._thread = threading.Thread(target=write, name=f"checkpoint-{step}")
         self._thread.start()
 
@@ -155,8 +158,9 @@ class CheckpointWriter:
                 return
             files = {name: said for part in written for name, said in sorted(part.items())}
             there = {str(file.relative_to(temporary)) for file in temporary.rglob("*") if file.is_file()}
-            if there != files.keys() or not all(written):
-                raise OSError("not every process's files are there: it must be a shared folder")
+            if there != files.keys():
+                other = ", ".join(sorted(there ^ files.keys())[:3])
+                raise OSError(f"not what all processes have written is there, or more ({other}): is it a shared folder")
             flush(temporary / OPTIMIZER)
             write_json(temporary / MANIFEST, {**manifest, "format": FORMAT, "step": step, "files": files})
             if final.exists():  # one that could not be read when this run resumed from an older one
@@ -177,8 +181,8 @@ class CheckpointWriter:
         why, result = "", None
         try:
             result = part()
-        except Exception as error:
-            # OSError or SafetensorError
+        except BaseException as error:
+            # OSError, SafetensorError, a panic of safetensors; the others wait to be told
             why = str(error) or type(error).__name__
         said: list[Any] = [(why, result)]
         if self._group is not None:
@@ -202,7 +206,8 @@ def _prepare(temporary: Path) -> None:
 def find_checkpoint(root: Path, world: World = ALONE) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint under root that is whole, and what is wrong with newer ones. Removes half-written ones.
 
-    Every rank of ``world`` calls it and finds the same.
+    Every rank of ``world`` calls it and finds the same. Errors: ModelError (75) where a rank cannot read what is there:
+    nothing is judged by that.
     """
 
     def look() -> list[Path]:
@@ -215,39 +220,58 @@ def find_checkpoint(root: Path, world: World = ALONE) -> tuple[Checkpoint | None
         try:
             return read_checkpoint(folder, world), broken
         except ModelError as error:
+            if error.exit_code == 75:
+                raise
             broken.append(str(error))
     return None, broken
 
 
 def read_checkpoint(folder: Path, world: World = ALONE) -> Checkpoint:
-    """A checkpoint whose files are all as the manifest says, each of which one rank reads; else ModelError."""
+    """A checkpoint whose files are all as the manifest says, each of which one rank reads.
+
+    Errors: ModelError, 1 where they are not, 75 where a rank cannot read them.
+    """
 
     def read() -> Checkpoint:
+        """Rank 0's view of what there is, the files' contents left out."""
         try:
             manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-            _ = [(said["bytes"], said["sha256"]) for said in manifest["files"].values()]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            sizes = {name: (int(said["bytes"]), str(said["sha256"])) for name, said in manifest["files"].items()}
+            int(manifest["step"])
+            for name, (size, _) in sizes.items():
+                if (folder / name).stat().st_size != size:
+                    raise ModelError(f"{folder / name} is not what was written; take another checkpoint.")
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{folder} is no whole checkpoint ({error}); take another one.") from error
+        except OSError as error:
+            raise _unreadable(folder, error) from error
         return Checkpoint(folder=folder, state=state, manifest=manifest)
 
-    def wrong(found: Checkpoint) -> str:
+    def verify(found: Checkpoint) -> ModelError | None:
         files = found.manifest["files"]
         # The largest first, so that every rank has about as much to read.
         names = sorted(files, key=lambda name: (-files[name]["bytes"], name))[world.rank :: world.size]
         try:
-            other = [name for name in names if (folder / name).stat().st_size != files[name]["bytes"]]
-            if not other:
-                digests = _sha256s([folder / name for name in names])
-                other = [name for name, digest in zip(names, digests, strict=True) if digest != files[name]["sha256"]]
-        except OSError as error:
-            return f"{folder} is no whole checkpoint ({error}); take another one."
-        return f"{folder / other[0]} is not what was written; take another checkpoint." if other else ""
+            digests = _sha256s([folder / name for name in names])
+        except OSError as error:  # rank 0 saw that they are there
+            return _unreadable(folder, error)
+        other = [name for name, digest in zip(names, digests, strict=True) if digest != files[name]["sha256"]]
+        return ModelError(f"{folder / other[0]} is not what was written; take another checkpoint.") if other else None
 
     found = world.from_main(read)
-    if reason := next(filter(None, world.gather(wrong(found))), ""):
-        raise world.everywhere(ModelError(reason))
+    wrong = [error for error in world.gather(verify(found)) if error is not None]
+    if wrong:  # that one cannot read says nothing of what the others found
+        raise world.everywhere(max(wrong, key=lambda error: error.exit_code))
     return found
+
+
+def _unreadable(folder: Path, error: OSError) -> ModelError:
+    return ModelError(
+        f"The checkpoint {folder} cannot be read by every process ({error}); "
+        "give them all the folder and the right to read it, and run again.",
+        75,
+    )
 
 
 def _folders(root: Path) -> list[Path]:

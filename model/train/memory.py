@@ -164,8 +164,8 @@ def held(config: ModelConfig, shape: TrainShape) -> Counts:
 
 
 def checkpoint_copies(config: ModelConfig, shape: TrainShape) -> int:
-    """Bytes of main memory in which a process keeps its share of a checkpoint (share.py): float32 weights, which are
-    dealt out, taken as divided evenly, and the moments that it has."""
+    """Bytes of main memory in which a process keeps its share of a checkpoint (share.py), on average: float32 weights,
+    which are dealt out by files of up to 5 GB, and the moments that it has."""
     moment = 2 if shape.moments == "bfloat16" else 4
     return 4 * config.parameters // shape.gpus + 2 * moment * held(config, shape).all(config.layers)
 

@@ -32,7 +32,9 @@ def within_memory(config: TrainConfig, model: ModelConfig, world: World) -> Iter
     Every rank enters it. Errors: ModelError, 2 where there is not enough, 75 where others have too much of it.
     """
     for things, need, device in _needed(config, model, world):
-        free, total = (min(values) for values in zip(*world.gather(memory(device)), strict=True))
+        # Machines may differ, and each rank would decide for itself.
+        every = world.gather((need, *memory(device)))
+        need, free, total = max(every, key=lambda rank: rank[0] - rank[1])
         if need <= free:
             continue
         where = "on this machine" if device.type == "cpu" else "on each GPU" if world.size > 1 else "on the GPU"
@@ -40,7 +42,8 @@ def within_memory(config: TrainConfig, model: ModelConfig, world: World) -> Iter
         if need <= total:
             why = f"{what}, where {free / GIB:,.1f} of {total / GIB:,.1f} are free; end what has the others, run again."
             raise world.everywhere(ModelError(why, 75))
-        why = f"{what}, which has {total / GIB:,.1f}; train a smaller preset or on more GPUs: "
+        more = "on more machines, or with train.moments bfloat16" if things == COPIES else "on more GPUs"
+        why = f"{what}, which has {total / GIB:,.1f}; train a smaller preset or {more}: "
         raise world.everywhere(
             ModelError(f"{why}lakemoe train --dry-run --model {config.preset} says what holds it.", 2)
         )

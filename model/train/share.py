@@ -6,7 +6,8 @@
                                                        files, too, where they are large
 
 The second are in torch.distributed.checkpoint's format of safetensors, by whose HuggingFaceStorageReader they are read;
-its writer builds each file in memory, at 0.15 GB/s, which safetensors' own writes at 3 GB/s without a copy.
+its writer builds each file in memory, at 0.15 GB/s, which safetensors' own writes at 3 GB/s without a copy. Whole
+weights pass every rank's GPU, one tensor after the other, and stay on the rank that writes them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from model.errors import ModelError
 from model.network.distributed import local_part
 from model.network.transformer import Transformer
 from model.train.optimizer import AdamW
@@ -28,8 +30,8 @@ from model.weights import INDEX, LazyTensors, split, weight_files, write_index
 
 OPTIMIZER = "optimizer"
 MOMENTS = ("exp_avg", "exp_avg_sq")
-# torch.distributed.checkpoint's key for where in the whole tensors a file's parts begin.
-_PLACES = "DCP_SHARDING_INFO"
+# torch.distributed.checkpoint's keys in a file's metadata: where in the whole tensors the parts begin, and its format.
+_PLACES, _VERSION = "DCP_SHARDING_INFO", {"DCP_VERSION": "1.0", "format": "pt"}
 
 
 class HostCopies:
@@ -56,17 +58,18 @@ class Share:
 
     def write(self, folder: Path, world: World) -> list[Path]:
         """This rank's files, which are returned; rank 0 writes the index as well. Errors: OSError, SafetensorError."""
-        for name, tensors in self.weights.items():
-            save_file(tensors, folder / name)
         written = [folder / name for name in self.weights]
+        for path, tensors in zip(written, self.weights.values(), strict=True):
+            save_file(tensors, path)
         for file, names in split({name: part.nbytes for name, part in self.parts.items()}).items():
             written.append(folder / OPTIMIZER / f"rank-{world.rank:05d}-{file}")
             places = {name: {"saved_offsets": self.begins.get(name, [0] * self.parts[name].dim())} for name in names}
-            metadata = {_PLACES: json.dumps(places), "format": "pt"}
+            metadata = {_PLACES: json.dumps(places), **_VERSION}
             save_file({name: self.parts[name] for name in names}, written[-1], metadata)
-        if world.main:
-            write_index(folder, split(self.sizes), sum(self.sizes.values()))
-            written += folder.glob(INDEX)
+        for path in written:  # safetensors makes files that only their owner may read
+            path.chmod(folder.stat().st_mode & 0o666)
+        if world.main and write_index(folder, split(self.sizes), sum(self.sizes.values())):
+            written.append(folder / INDEX)
         return written
 
 
@@ -84,14 +87,14 @@ def copy_share(model: Transformer, optimizer: AdamW, world: World, host: HostCop
     weights: dict[str, dict[str, Tensor]] = {file: {} for file in files}
     parts, begins = {}, {}
     for name, parameter in model.named_parameters():
-        value = _like(parameter, optimizer.master(parameter))
+        value = like(parameter, optimizer.master(parameter))
         full_tensor = getattr(value, "full_tensor", None)
         value = value if full_tensor is None else full_tensor()
         if name in file_of:
             weights[file_of[name]][name] = host.of(name, value)
         where = place(parameter)
         if (world.main or hasattr(parameter, "device_mesh")) and all(w.start < w.stop for w in where):
-            for key, moment in _moments(name, parameter, optimizer).items():
+            for key, moment in moments(name, parameter, optimizer).items():
                 parts[key], begins[key] = host.of(key, local_part(moment)), [w.start for w in where]
     for name, buffer in model.named_buffers():
         if name in file_of:
@@ -103,12 +106,18 @@ def copy_share(model: Transformer, optimizer: AdamW, world: World, host: HostCop
 def restore(folder: Path, model: Transformer, optimizer: AdamW, world: World) -> None:
     """Weights, moments and random state as they were, of each tensor this rank's part; every rank calls it.
 
-    The optimizer's count of updates is in the state that the caller kept.
+    The optimizer's count of updates is in the state that the caller kept. Errors: ModelError where the weights are
+    another model's.
     """
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
     with LazyTensors(weight_files(folder)) as weights:
+        expected = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        for name in sorted(expected.keys() | weights.keys()):
+            if name not in weights or name not in expected or weights[name].get_shape() != [*expected[name].shape]:
+                why = f"{folder} holds another model's weights ({name}); train under another name."
+                raise world.everywhere(ModelError(why))
         for name, parameter in model.named_parameters():
             master = torch.empty_like(local_part(parameter), dtype=torch.float32)
             if master.numel():  # else there are fewer rows than ranks
@@ -118,7 +127,7 @@ def restore(folder: Path, model: Transformer, optimizer: AdamW, world: World) ->
             buffer.copy_(weights[name][:])
     reader = HuggingFaceStorageReader(str(folder / OPTIMIZER))
     known = reader.read_metadata().state_dict_metadata
-    parts = {key: part for n, p in model.named_parameters() for key, part in _moments(n, p, optimizer).items()}
+    parts = {key: part for n, p in model.named_parameters() for key, part in moments(n, p, optimizer).items()}
     # A world of more ranks begins the random states that no rank had.
     parts |= {name: state for name, state in _random_states(world).items() if name in known}
     with warnings.catch_warnings():
@@ -140,9 +149,9 @@ def place(parameter: Tensor) -> tuple[slice, ...]:
     return tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
 
 
-def _moments(name: str, parameter: Tensor, optimizer: AdamW) -> dict[str, Tensor]:
+def moments(name: str, parameter: Tensor, optimizer: AdamW) -> dict[str, Tensor]:
     """Distributed as the parameter is, sharing the optimizer's memory."""
-    return {f"{key}/{name}": _like(parameter, optimizer.state[parameter][key]) for key in MOMENTS}
+    return {f"{key}/{name}": like(parameter, optimizer.state[parameter][key]) for key in MOMENTS}
 
 
 def _random_states(world: World) -> dict[str, Tensor]:
@@ -152,7 +161,7 @@ def _random_states(world: World) -> dict[str, Tensor]:
     return states
 
 
-def _like(parameter: Tensor, local: Tensor) -> Tensor:
+def like(parameter: Tensor, local: Tensor) -> Tensor:
     """A local tensor as the part of a distributed one that the parameter's own local part is."""
     if not hasattr(parameter, "device_mesh"):
         return local

@@ -12,6 +12,6 @@ def test_what_a_run_did_is_told_from_what_the_table_holds(capsys: pytest.Capture
     console.done("ingest", "succeeded", counts)
     console.unchanged("ingest", {"table_documents": 3456})
     assert capsys.readouterr().out.splitlines() == [
-        "ingest: succeeded (documents 12, documents in all 3,456, quarantine 7)",
+        "ingest: succeeded (documents 12, documents in all 3,456, quarantine in all 7)",
         "ingest: unchanged; the lake has documents 3,456",
     ]

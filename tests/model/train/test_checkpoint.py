@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-import shutil
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from mlflow import MlflowClient
+from safetensors import safe_open
 
 from model.config import ModelConfig
 from model.convert.checkpoint import export_folder
@@ -21,11 +23,11 @@ from model.network.transformer import Transformer
 from model.registry.load import load, open_weights
 from model.registry.register import register
 from model.registry.store import tracking_uri
-from model.train import parallel, share
-from model.train.checkpoint import find_checkpoint, read_checkpoint
+from model.train import checkpoint, parallel, share
+from model.train.checkpoint import CheckpointWriter, find_checkpoint, read_checkpoint
 from model.train.config import TrainConfig
 from model.train.memory import TrainShape, checkpoint_copies
-from model.train.optimizer import build_optimizer
+from model.train.optimizer import AdamW, build_optimizer
 from model.train.world import ALONE
 from model.weights import WEIGHTS, weight_files, weights_sha256
 from tests.model.conftest import SMALLEST
@@ -75,12 +77,20 @@ def test_a_model_in_several_files_goes_all_the_way(
         open_weights(folder)
 
 
-def test_copies_take_what_is_estimated_and_their_memory_again() -> None:
-    config, settings = ModelConfig(**{**SMALLEST, "vocab_size": 64}), TrainConfig()
+def small(dtype: torch.dtype = torch.float32, vocab_size: int = 64) -> tuple[Transformer, AdamW]:
+    """A model and its optimizer; of bfloat16, as on a GPU with bfloat16 moments."""
+    halves = dtype == torch.bfloat16
+    settings = TrainConfig(moments="bfloat16" if halves else "float32")
     with torch.device("meta"):
-        model = Transformer(config)
+        model = Transformer(ModelConfig(**{**SMALLEST, "vocab_size": vocab_size}))
+    if halves:
+        model.compute_in(torch.bfloat16)
     model = parallel.build(settings, model, ALONE)
-    optimizer, host = build_optimizer(model.parameters(), settings), share.HostCopies()
+    return model, build_optimizer(model.parameters(), settings)
+
+
+def test_copies_take_what_is_estimated_and_their_memory_again() -> None:
+    (model, optimizer), host = small(), share.HostCopies()
 
     def copies() -> dict[str, torch.Tensor]:
         made = share.copy_share(model, optimizer, ALONE, host)
@@ -89,7 +99,7 @@ def test_copies_take_what_is_estimated_and_their_memory_again() -> None:
 
     first = copies()
     shape = TrainShape(gpus=1, moments="float32")
-    assert sum(tensor.nbytes for tensor in first.values()) == checkpoint_copies(config, shape)
+    assert sum(tensor.nbytes for tensor in first.values()) == checkpoint_copies(model.config, shape)
     with torch.no_grad():
         model.embedding.weight.add_(1)
     second = copies()
@@ -97,7 +107,85 @@ def test_copies_take_what_is_estimated_and_their_memory_again() -> None:
     assert {name: t.data_ptr() for name, t in first.items()} == {name: t.data_ptr() for name, t in second.items()}
 
 
-# Saves twice, or says what it finds. Each rank says the bytes that it wrote of the weights.
+def test_a_slow_save_holds_what_there_was_when_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer = small()
+    real, begun, go_on = share.save_file, threading.Event(), threading.Event()
+
+    def slow(*arguments: Any) -> None:
+        begun.set()
+        assert go_on.wait(60)
+        real(*arguments)
+
+    monkeypatch.setattr(share, "save_file", slow)
+    writer, expected = CheckpointWriter(tmp_path, ALONE, 2), bits(model)
+    writer.save(1, model, optimizer, state={}, manifest={})
+    assert begun.wait(60)
+    with torch.no_grad():
+        model.embedding.weight.add_(1)
+    later = bits(model)
+    threading.Timer(0.2, go_on.set).start()
+    writer.save(2, model, optimizer, state={}, manifest={})  # waits, before it takes the copies' memory again
+    last = writer.wait()
+    assert last is not None
+    for step, right in ((1, expected), (2, later)):
+        found = open_weights(tmp_path / f"step-{step:06d}")[0]
+        assert all(torch.equal(a, b) for a, b in zip(bits(found), right, strict=True)), step
+    mode = {file.stat().st_mode & 0o777 for file in last.rglob("*") if file.is_file()}
+    assert mode == {last.stat().st_mode & 0o666}
+
+
+def test_what_torch_s_writer_wrote_is_read_and_ours_looks_alike(tmp_path: Path) -> None:
+    """Checkpoints of format 2: their optimizer's files are by torch.distributed.checkpoint."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    model, optimizer = small(torch.bfloat16)
+    for number, parameter in enumerate(model.parameters()):
+        for key in share.MOMENTS:
+            optimizer.state[parameter][key].fill_(number + 0.5)
+    writer = CheckpointWriter(tmp_path, ALONE, 1)
+    writer.save(1, model, optimizer, state={}, manifest={})
+    folder = writer.wait()
+    assert folder is not None
+
+    def only_file() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        (path,) = (folder / share.OPTIMIZER).iterdir()
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            told = {key: json.loads(value) if value[0] == "{" else value for key, value in file.metadata().items()}
+        path.unlink()
+        return tensors, told
+
+    tensors, ours = only_file()
+    storage = HuggingFaceStorageWriter(str(folder / share.OPTIMIZER), save_distributed=True)
+    save(dict(tensors), storage_writer=storage, no_dist=True)
+    other, restored = small(torch.bfloat16)
+    share.restore(folder, other, restored, ALONE)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        for key in share.MOMENTS:
+            assert optimizer.state[a][key].dtype == restored.state[b][key].dtype
+            assert torch.equal(optimizer.state[a][key], restored.state[b][key])
+    with pytest.raises(ModelError, match="holds another model's weights"):
+        share.restore(folder, *small(vocab_size=65), ALONE)
+    assert only_file()[1] == ours
+
+
+def test_what_cannot_be_read_is_not_taken_for_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = CheckpointWriter(tmp_path, ALONE, 2)
+    writer.save(1, *small(), state={}, manifest={})
+    writer.wait()
+
+    def stale(path: Path) -> str:
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(checkpoint, "_sha256", stale)
+    with pytest.raises(ModelError, match=r"Stale file handle.*run again") as refused:
+        find_checkpoint(tmp_path)
+    assert refused.value.exit_code == 75
+
+
+# Saves twice, or says what it finds. Each rank says the bytes that it digested. Where it is told so, the last rank's
+# disk is full.
 RANKS = """
 import json, sys
 from functools import partial
@@ -123,8 +211,14 @@ with join_world("cpu") as world:
     model = parallel.build(settings, model, world)
     optimizer = build_optimizer(model.parameters(), settings)
     told = {}
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    if sys.argv[2] == "full" and world.rank == world.size - 1:
+        share.save_file = full
     try:
-        if sys.argv[2] == "save":
+        if sys.argv[2] != "load":
             writer = checkpoint.CheckpointWriter(root, world, 2)
             for step in (1, 2):
                 writer.save(step, model, optimizer, state={}, manifest={})
@@ -162,9 +256,9 @@ def test_ranks_share_the_files_and_find_the_same_one_whole(tmp_path: Path) -> No
     each = [int(str(rank["read"])) for rank in found]
     assert max(each) < 2 * min(each)
 
-    # Folders that are not shared.
-    refused = run(2, str(tmp_path / "own-{rank}"), "save")
-    assert [rank["code"] for rank in refused] == [75, 75]
-    assert all("shared folder" in str(rank["error"]) for rank in refused)
-    assert not list(tmp_path.glob("own-*/step-*"))
-    shutil.rmtree(shared)
+    # Folders that are not shared, and a disk that is full for one of them.
+    for root, what, said in (("own-{rank}", "save", "shared folder"), ("full", "full", "No space")):
+        refused = run(2, tmp_path / root, what)
+        assert [rank["code"] for rank in refused] == [75, 75]
+        assert all(said in str(rank["error"]) for rank in refused)
+    assert not [folder for glob in ("own-*/*", "full/*") for folder in tmp_path.glob(glob)]
