@@ -10,7 +10,7 @@ rank's part in a file of its own, not digested. Both write to the same disk, in 
 reads again is checked to the bit. No step runs beside.
 
 Reported is the slowest rank: seconds that the call holds the training up, until all is written, and to read it again
-(ours: verify, then restore); and what a rank's memory has grown by when the call returns, rank 0's and the others' most.
+(ours: verify, then restore); and what a rank's memory has grown by when the call returns, of rank 0 and the others.
 """
 
 from __future__ import annotations
