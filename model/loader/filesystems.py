@@ -4,8 +4,8 @@ They take credentials and endpoints from storage options and the environment by 
 (AWS_ENDPOINT_URL, AZURE_STORAGE_ACCOUNT_NAME, GOOGLE_BASE_URL, ...), so that one setting serves the Delta log and the
 files. Google's client knows an account only by GOOGLE_APPLICATION_CREDENTIALS in the environment, and holds Python's
 lock while it waits for a file's first bytes. Azure's client (pyarrow 25) ends the whole process, by std::terminate,
-where an error's answer says that it is XML and is none; Azure's own are, and deltalake's client, which takes such an
-answer for an error, cannot be used in a forked worker.
+where an error's answer says that it is XML and is none (to HEAD, none ever is); what Azure itself answers was not seen,
+only Azurite. deltalake's client takes such an answer for an error, but cannot be used in a forked worker.
 """
 
 from __future__ import annotations
