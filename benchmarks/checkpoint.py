@@ -38,13 +38,13 @@ from torch import distributed as dist
 from benchmarks import gpu
 from benchmarks.training import draw_on_device
 from model.config import load_preset
-from model.network.distributed import local_part
+from model.network.distributed import is_divided, like, local_part
 from model.network.transformer import Transformer
 from model.train import parallel
 from model.train.checkpoint import CheckpointWriter, find_checkpoint
 from model.train.config import TrainConfig
 from model.train.optimizer import AdamW, build_optimizer
-from model.train.share import MOMENTS, like, moments
+from model.train.share import MOMENTS, moments
 from model.train.world import World, join_world
 
 
@@ -136,11 +136,11 @@ def one(flags: argparse.Namespace) -> list[dict[str, Any]]:
         with mock.patch.object(Transformer, "initialize", draw_on_device):
             model = parallel.build(settings, model, world)
         for parameter in model.parameters():
-            if not hasattr(parameter, "device_mesh"):  # every rank has drawn its own
+            if not is_divided(parameter):  # every rank has drawn its own
                 dist.broadcast(parameter.detach(), 0, group=world.group)
         optimizer = build_optimizer(model.parameters(), settings)
         for parameter in model.parameters():
-            rank = world.rank if hasattr(parameter, "device_mesh") else 0  # what is whole is the same everywhere
+            rank = world.rank if is_divided(parameter) else 0  # what is whole is the same everywhere
             drawn = torch.Generator(world.device).manual_seed(rank)
             for key in MOMENTS:
                 optimizer.state[parameter][key].normal_(generator=drawn)

@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 from torch.optim.adamw import adamw
 
 from kernels.adamw import adamw_step, join_float32, split_float32
-from model.network.distributed import local_part
+from model.network.distributed import is_divided, local_part
 from model.train.config import TrainConfig
 
 
@@ -131,7 +131,7 @@ class AdamW(torch.optim.Optimizer):
         return (divided + whole).sqrt()
 
     def _gradients(self, *, divided: bool) -> list[Tensor]:
-        found = ((p, self.gradient(p)) for p in self.parameters() if hasattr(p, "device_mesh") is divided)
+        found = ((p, self.gradient(p)) for p in self.parameters() if is_divided(p) is divided)
         return [gradient for _, gradient in found if gradient is not None and gradient.numel()]
 
     def _squares(self, gradients: list[Tensor]) -> Tensor:

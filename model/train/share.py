@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model.errors import ModelError
-from model.network.distributed import local_part
+from model.network.distributed import is_divided, like, local_part, place, whole
 from model.network.transformer import Transformer
 from model.train.optimizer import AdamW
 from model.train.world import World
@@ -87,15 +87,14 @@ def copy_share(model: Transformer, optimizer: AdamW, world: World, host: HostCop
     weights: dict[str, dict[str, Tensor]] = {file: {} for file in files}
     parts, begins = {}, {}
     for name, parameter in model.named_parameters():
-        value = like(parameter, optimizer.master(parameter))
-        full_tensor = getattr(value, "full_tensor", None)
-        value = value if full_tensor is None else full_tensor()
+        value = whole(like(parameter, optimizer.master(parameter)))
         if name in file_of:
             weights[file_of[name]][name] = host.of(name, value)
-        where = place(parameter)
-        if (world.main or hasattr(parameter, "device_mesh")) and all(w.start < w.stop for w in where):
-            for key, moment in moments(name, parameter, optimizer).items():
-                parts[key], begins[key] = host.of(key, local_part(moment)), [w.start for w in where]
+        if (world.main or is_divided(parameter)) and local_part(parameter).numel():
+            for key in MOMENTS:
+                part = f"{key}/{name}"
+                parts[part] = host.of(part, optimizer.state[parameter][key])
+                begins[part] = [where.start for where in place(parameter)]
     for name, buffer in model.named_buffers():
         if name in file_of:
             weights[file_of[name]][name] = host.of(name, buffer)
@@ -113,16 +112,15 @@ def restore(folder: Path, model: Transformer, optimizer: AdamW, world: World) ->
     from torch.distributed.checkpoint.state_dict_loader import load
 
     with LazyTensors(weight_files(folder)) as weights:
-        expected = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        for name in sorted(expected.keys() | weights.keys()):
-            if name not in weights or name not in expected or weights[name].get_shape() != [*expected[name].shape]:
-                why = f"{folder} holds another model's weights ({name}); train under another name."
-                raise world.everywhere(ModelError(why))
+        wanted = {name: [*tensor.shape] for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+        found = {name: weights[name].get_shape() for name in weights}
+        if found != wanted:
+            wrong = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+            why = f"{folder} holds another model's weights ({', '.join(wrong[:3])}); train under another name."
+            raise world.everywhere(ModelError(why))
         for name, parameter in model.named_parameters():
-            master = torch.empty_like(local_part(parameter), dtype=torch.float32)
-            if master.numel():  # else there are fewer rows than ranks
-                master.copy_(weights[name][place(parameter)])
-            optimizer.set_master(parameter, master)
+            if local_part(parameter).numel():  # else there are fewer rows than ranks
+                optimizer.set_master(parameter, weights[name][place(parameter)])
         for name, buffer in model.named_buffers():
             buffer.copy_(weights[name][:])
     reader = HuggingFaceStorageReader(str(folder / OPTIMIZER))
@@ -140,17 +138,8 @@ def restore(folder: Path, model: Transformer, optimizer: AdamW, world: World) ->
             torch.cuda.set_rng_state(part.cpu())
 
 
-def place(parameter: Tensor) -> tuple[slice, ...]:
-    """Which part of the whole tensor this rank has; of one that is not distributed, all of it."""
-    if not hasattr(parameter, "device_mesh"):
-        return tuple(slice(0, size) for size in parameter.shape)
-    # What torch.distributed.checkpoint asks of a tensor.
-    (chunk,) = parameter.__create_chunk_list__()  # type: ignore[attr-defined]
-    return tuple(slice(start, start + size) for start, size in zip(chunk.offsets, chunk.sizes, strict=True))
-
-
 def moments(name: str, parameter: Tensor, optimizer: AdamW) -> dict[str, Tensor]:
-    """Distributed as the parameter is, sharing the optimizer's memory."""
+    """By name in a checkpoint; distributed as the parameter is, sharing the optimizer's memory."""
     return {f"{key}/{name}": like(parameter, optimizer.state[parameter][key]) for key in MOMENTS}
 
 
@@ -159,20 +148,3 @@ def _random_states(world: World) -> dict[str, Tensor]:
     if world.device.type == "cuda":
         states[f"random/cuda/{world.rank}"] = torch.cuda.get_rng_state()
     return states
-
-
-def like(parameter: Tensor, local: Tensor) -> Tensor:
-    """A local tensor as the part of a distributed one that the parameter's own local part is."""
-    if not hasattr(parameter, "device_mesh"):
-        return local
-    from torch.distributed.tensor import DTensor
-
-    assert isinstance(parameter, DTensor)
-    return DTensor.from_local(
-        local,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
