@@ -23,7 +23,7 @@ from model.loader.store import is_local
 from model.train.config import TrainConfig
 from model.train.estimate import estimate
 from model.train.machine import MACHINES, MachineName
-from model.train.memory import TrainShape, checkpoint_copies
+from model.train.memory import TrainShape, checkpoint_bytes, checkpoint_copies
 from pipelines.tables import GOLD_SEQUENCES
 
 if TYPE_CHECKING:
@@ -133,10 +133,7 @@ def dry_run(settings: Settings) -> None:
     console.note(f"Dry run: {source}; {batch}.")
     print_estimate(estimate(model, how, machine), settings.train.steps)
     config = settings.train
-    disk, copies = (
-        model.parameters * (8 if how.moments == "bfloat16" else 12) / 1e9,
-        checkpoint_copies(model, how) / 1e9,
-    )
+    disk, copies = checkpoint_bytes(model, how) / 1e9, checkpoint_copies(model, how) / 1e9
     console.note(
         f"A checkpoint takes {disk:,.1f} GB of disk, and copies of it {copies:,.1f} GB of main memory a process."
     )

@@ -7,9 +7,9 @@ A float32 number (24 bits of significand) is the sum of three bfloat16 numbers (
     dx = G1 W1 + G2 W1 + G1 W2      one product of depth 3E: 16 bits and more, of which bfloat16 keeps 8
 
 Two bfloat16 numbers' product is exact in float32, so only the sums round (Henry et al. 2019), which tensor cores do to
-a bit or three less than float32: the error is 2e-6 of the largest result over 2,048 products (D, or T for dW) and 4e-6
-over 16,384, of a plain product on CUDA cores 3e-7 and 6e-7, of a TF32 one 2e-4. For routers (few outputs, whose
-rounding flips choices), where a plain one takes five times as long. Other devices and dtypes run the plain one.
+a bit or three less than float32: the error is 2e-6 to 3e-6 of the largest result over 2,048 products (D, or T for dW)
+and 4e-6 over 16,384, of a plain product on CUDA cores 3e-7 and 6e-7, of a TF32 one 2e-4. For routers (few outputs,
+whose rounding flips choices), where a plain one takes five times as long. Other devices and dtypes run the plain one.
 
 Legend: T tokens, D width, E outputs.
 """

@@ -16,7 +16,7 @@ from model.errors import ModelError
 from model.evaluate.held_out import read_manifest
 from model.lake import tokenizer_file
 from model.registry.load import CONFIG, TOKENIZER
-from model.weights import LazyTensors, weight_files, weights_sha256
+from model.weights import SHARD_BYTES, LazyTensors, weight_files, weights_sha256
 
 
 def export_folder(
@@ -26,7 +26,7 @@ def export_folder(
     lake: str,
     layout: str = "auto",
     dtype: torch.dtype = torch.bfloat16,
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
 ) -> tuple[Exported, Mapping[str, Any]]:
     """Export ``source``, a folder with weights, CONFIG and MANIFEST, and say which data the model was trained on.

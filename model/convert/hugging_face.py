@@ -28,7 +28,7 @@ from model.errors import ModelError
 from model.files import TEMPORARY, flush
 from model.network.generate import end_of_text_id, load_tokenizer
 from model.network.transformer import Transformer
-from model.weights import LazyTensors, weight_files
+from model.weights import SHARD_BYTES, LazyTensors, weight_files
 from pipelines.tables import END_OF_TEXT, PAD, SPECIAL_TOKENS
 
 CONFIG, GENERATION, TOKENIZER, TOKENIZER_CONFIG = (
@@ -59,7 +59,7 @@ def to_hugging_face(
     *,
     layout: str = "auto",
     dtype: torch.dtype = torch.bfloat16,
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int = SHARD_BYTES,
     origin: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
 ) -> Exported:

@@ -25,8 +25,8 @@ from model.errors import ModelError
 Setting = Callable[..., str | None]
 
 # Published for everybody; deltalake takes them, too, where an emulator is asked for.
-_AZURITE_ACCOUNT = "devstoreaccount1"
-_AZURITE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+AZURITE_ACCOUNT = "devstoreaccount1"
+AZURITE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
 
 
 def open_filesystem(uri: str, options: Mapping[str, str], attempts: int = 1) -> tuple[fs.FileSystem, str]:
@@ -115,7 +115,7 @@ def _azure(account: str, setting: Setting) -> fs.FileSystem:
     account = account or setting("AZURE_STORAGE_ACCOUNT_NAME") or ""
     if _is_on(setting("AZURE_STORAGE_USE_EMULATOR")):
         endpoint = os.environ.get("AZURITE_BLOB_STORAGE_URL", "http://127.0.0.1:10000")
-        account, key = account or _AZURITE_ACCOUNT, key or _AZURITE_KEY
+        account, key = account or AZURITE_ACCOUNT, key or AZURITE_KEY
     given: dict[str, str | None] = {}
     if key is not None:
         given["account_key"] = key

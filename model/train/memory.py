@@ -166,8 +166,16 @@ def held(config: ModelConfig, shape: TrainShape) -> Counts:
 def checkpoint_copies(config: ModelConfig, shape: TrainShape) -> int:
     """Bytes of main memory in which a process keeps its share of a checkpoint (share.py), on average: float32 weights,
     which are dealt out by files of up to 5 GB, and the moments that it has."""
-    moment = 2 if shape.moments == "bfloat16" else 4
-    return 4 * config.parameters // shape.gpus + 2 * moment * held(config, shape).all(config.layers)
+    return FLOAT * config.parameters // shape.gpus + 2 * _moment_bytes(shape) * held(config, shape).all(config.layers)
+
+
+def checkpoint_bytes(config: ModelConfig, shape: TrainShape) -> int:
+    """Bytes of a checkpoint on the disk."""
+    return (FLOAT + 2 * _moment_bytes(shape)) * config.parameters
+
+
+def _moment_bytes(shape: TrainShape) -> int:
+    return FLOAT if shape.moments == "float32" else BF16
 
 
 def whole(config: ModelConfig, shape: TrainShape) -> Counts:
@@ -256,7 +264,6 @@ def moments(config: ModelConfig, shape: TrainShape, machine: Machine) -> dict[st
     kept_root = BF16 * root if sharded else 0
     # FSDP holds the float32 gradients of the unit before until it reduces the next one's.
     reducing = FLOAT * (used.block if shape.expert_parallel == 1 else used.dense) if sharded else 0
-    moment_bytes = FLOAT if shape.moments == "float32" else BF16
     floats = L * mine.floats + mine.norm
     sums = FLOAT * (mine.all(L) - floats) if shape.accumulation > 1 else 0
 
@@ -265,7 +272,7 @@ def moments(config: ModelConfig, shape: TrainShape, machine: Machine) -> dict[st
     ) -> Memory:
         return Memory(
             weights=FLOAT * mine.all(L),
-            moments=2 * (moment_bytes * (mine.all(L) - floats) + FLOAT * floats),
+            moments=2 * (_moment_bytes(shape) * (mine.all(L) - floats) + FLOAT * floats),
             gradients=sums + gradients,
             copies=copies,
             activations=activations,
