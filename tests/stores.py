@@ -24,7 +24,7 @@ import pytest
 from pyarrow import fs
 
 from benchmarks.loader_store import BUCKET, Fault, Proxy
-from model.loader.filesystems import _AZURITE_ACCOUNT, _AZURITE_KEY, open_filesystem
+from model.loader.filesystems import AZURITE_ACCOUNT, AZURITE_KEY, open_filesystem
 from tests.model.ranks import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,10 +51,18 @@ def azure_server() -> Iterator[int]:
     port = int(free_port())
     where = ["--blobHost", "127.0.0.1", "--blobPort", str(port)]
     with _running([AZURITE, *where, "--inMemoryPersistence", "--disableTelemetry", "--silent"], port):
-        options = {"azure_storage_endpoint": f"http://127.0.0.1:{port}", "azure_storage_account_key": _AZURITE_KEY}
-        options["azure_storage_account_name"] = _AZURITE_ACCOUNT
-        open_filesystem(f"abfs://{BUCKET}", options)[0].create_dir(BUCKET)
+        open_filesystem(f"abfs://{BUCKET}", azure_options(port))[0].create_dir(BUCKET)
         yield port
+
+
+def azure_options(port: int) -> dict[str, str]:
+    """Storage options for Azurite on this port, as for an account with an endpoint of its own."""
+    return {
+        "azure_storage_endpoint": f"http://127.0.0.1:{port}/{AZURITE_ACCOUNT}",
+        "azure_storage_account_name": AZURITE_ACCOUNT,
+        "azure_storage_account_key": AZURITE_KEY,
+        "azure_allow_http": "true",
+    }
 
 
 class Remote:

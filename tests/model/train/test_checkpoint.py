@@ -56,8 +56,8 @@ def test_a_model_in_several_files_goes_all_the_way(
     files = weight_files(folder)
     assert len(files) > 3
     assert not (folder / WEIGHTS).exists()
-    for model in (open_weights(folder)[0], load(register(folder, lake=parts.lake, name="large").uri, lake=parts.lake)):
-        network = model if isinstance(model, Transformer) else model.transformer
+    registered = register(folder, lake=parts.lake, name="large")
+    for network in (open_weights(folder)[0], load(registered.uri, lake=parts.lake).transformer):
         assert all(torch.equal(a, b) for a, b in zip(bits(network), bits(expected), strict=True))
     version = MlflowClient(tracking_uri=tracking_uri(parts.lake)).get_model_version("large", "1")
     digest = weights_sha256(read_checkpoint(folder).manifest)

@@ -61,8 +61,8 @@ def test_a_gpu_s_machine_must_hold_the_copies_for_checkpoints(monkeypatch: pytes
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setattr(room, "memory", lambda device: (80 * 2**30, 80 * 2**30) if device.type == "cuda" else (1, 1))
     words = r"copies of weights and moments for checkpoints need 77\.\d GiB on this machine"
-    with pytest.raises(ModelError, match=words):
-        room.within_memory(TrainConfig(preset="olmoe"), model, four).__enter__()
+    with pytest.raises(ModelError, match=words), room.within_memory(TrainConfig(preset="olmoe"), model, four):
+        pytest.fail("it began")
 
 
 def test_the_machine_that_has_too_little_decides_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,8 +71,8 @@ def test_the_machine_that_has_too_little_decides_for_all(monkeypatch: pytest.Mon
     monkeypatch.setattr(World, "gather", lambda self, mine: [mine, (8 * mine[0], *mine[1:])])
     model, ranks = load_preset("olmoe"), World(device=torch.device("cpu"), rank=0, size=9)
     within = room.within_memory(TrainConfig(preset="olmoe"), model, ranks)
-    with pytest.raises(ModelError, match=r"need 1\d\d\.\d GiB") as refused:
-        within.__enter__()
+    with pytest.raises(ModelError, match=r"need 1\d\d\.\d GiB") as refused, within:
+        pytest.fail("it began")
     assert refused.value.exit_code == 2
 
 
